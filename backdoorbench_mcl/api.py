@@ -1,0 +1,446 @@
+"""The contracts that plugins program against (design 3.4): pixels at every boundary, config in the constructor.
+
+Images are uint8 `(N, C, H, W)` at rest and float32 in [0, 1] in a batch; the normalisation lives inside the
+model. Attacks work on uint8, so that every trigger can be realised. A method never seeds and never picks a
+device: it is handed `rng` (a CPU generator, so that draws agree on every device) and `device`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AccessDenied, Diverged, PluginError, UserError
+from .method import Count, Ge, Gt, Interval, Knowledge, Label, Le, Lt, Method, NonNegative, Positive, Rate
+from .rows import Row
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+Augmentation = Literal["none", "crop", "flip", "crop+flip"]
+
+
+# ---------------------------------------------------------------- images
+
+
+class Batch(NamedTuple):
+    """x: float32 (B, C, H, W) in [0, 1] on the device; y: int64 (B,) on the device; index: int64 (B,) on the CPU."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+
+class Images:
+    """Labelled images. x: uint8 (N, C, H, W); y: int64 (N,), all -1 where labels were not granted.
+
+    Raises ValueError when shapes or dtypes differ. Example: `Images(x, y).batches(64, rng, augment)`.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise ValueError(f"images: expected uint8 (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
+        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            raise ValueError(f"labels: expected int64 ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+        self.x = x
+        self.y = y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def subset(self, index: Tensor) -> Images:
+        """The images at `index` (int64 or bool), in that order."""
+        return Images(self.x[index.to(self.x.device)], self.y[index.to(self.y.device)])
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images on `device`."""
+        return Images(self.x.to(device), self.y.to(device))
+
+    def batches(self, size: int, rng: torch.Generator | None = None, augment: Augment | None = None) -> Iterator[Batch]:
+        """One pass in batches of `size`, the last one shorter: in random order with `rng`, else in storage order.
+
+        `augment(x_u8, rng) -> x_u8` sees uint8 batches and needs `rng`. An epoch is an index permutation; the
+        images stay where they are.
+        """
+        if augment is not None and rng is None:
+            raise ValueError("augmentation needs rng")
+        order = torch.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng)
+        for index in order.split(size):
+            there = index.to(self.x.device)
+            x = self.x[there]  # (B, C, H, W) uint8
+            if augment is not None and rng is not None:
+                x = augment(x, rng)
+            yield Batch(x.float().div_(255.0), self.y[there], index)
+
+
+# ---------------------------------------------------------------- classifiers
+
+
+class Out(NamedTuple):
+    """logits: float32 (B, K); embed: float32 (B, D), the input of the last linear layer; stages: maps (B, C, H, W)."""
+
+    logits: Tensor
+    embed: Tensor
+    stages: tuple[Tensor, ...]
+
+
+class Classifier(nn.Module, ABC):
+    """A network that takes pixels in [0, 1] and normalises them itself.
+
+    A subclass gives `features` and `head`; all else is built on them. Mean and std are non-persistent buffers, so
+    the state dict has the network's own keys. Network forwards run under bf16 autocast when `precision` is
+    "bf16"; outputs are float32 always, so that every loss is computed in float32 (design 3.7).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision: Literal["fp32", "bf16"] = "fp32"
+        self.register_buffer("mean", torch.zeros(1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.ones(1, 1, 1, 1), persistent=False)
+
+    @abstractmethod
+    def features(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalised x (B, C, H, W) -> embedding (B, D), raw outputs of the stages (an empty tuple if it has none)."""
+
+    @abstractmethod
+    def head(self, z: Tensor) -> Tensor:
+        """Embedding (B, D) -> logits (B, K): the last linear layer."""
+
+    def set_normalisation(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Per-channel constants in pixel units of [0, 1]."""
+        like = {"dtype": self.mean.dtype, "device": self.mean.device}
+        self.mean = torch.tensor(mean, **like).view(1, -1, 1, 1)  # type: ignore[arg-type]
+        self.std = torch.tensor(std, **like).view(1, -1, 1, 1)  # type: ignore[arg-type]
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] -> (x - mean) / std, in channels_last order."""
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def forward_all(self, x: Tensor) -> Out:
+        """Pixels (B, C, H, W) in [0, 1] -> logits, embedding and stages, all float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            embed, stages = self.features(self.normalise(x))
+            logits = self.head(embed)
+        return Out(logits.float(), embed.float(), tuple(stage.float() for stage in stages))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] -> embedding (B, D) float32."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            embed, _ = self.features(self.normalise(x))
+        return embed.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] -> logits (B, K) float32."""
+        # not by way of forward_all: widening the unused stages to float32 takes 5-10 % of an evaluation in bf16
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            embed, _ = self.features(self.normalise(x))
+            logits = self.head(embed)
+        return logits.float()
+
+
+class Model(Method):
+    """A network family. `build` draws the weights from the global generator, which the harness has seeded."""
+
+    @abstractmethod
+    def build(self, classes: int, shape: tuple[int, int, int]) -> Classifier:
+        """A fresh network for `classes` classes and images of `shape` (C, H, W)."""
+
+
+# ---------------------------------------------------------------- data sets
+
+
+class Source(NamedTuple):
+    """Where a data set was found. files: everything that its bytes depend on; note: "lossless", "JPEG", "procedural"."""
+
+    files: tuple[Path, ...]
+    note: str
+
+
+class Dataset(Method):
+    """Labelled train and test images. The harness caches what `load` returns, sorted by pixel hash.
+
+    budget: the budget used when none is asked for. flip_ok: a mirrored image keeps its label.
+    """
+
+    classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip_ok: bool = True
+    toy: ClassVar[bool] = False
+    budget: ClassVar[Literal["full", "mid", "quick"]] = "full"
+
+    @abstractmethod
+    def find(self, root: Path | None) -> Source:
+        """Locate the data under `root`; raises UserError that says what was looked for, where, and how to get it."""
+
+    @abstractmethod
+    def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
+        """All images of a split, on the CPU. Raises UserError for missing or corrupt data, naming the file."""
+
+
+class Recipe(Method):
+    """How SGD trains: shared by every training of one kind (`--set train.epochs=15`, `--set defend.lr=0.01`).
+
+    steps: where given, the number of SGD steps in place of `epochs`. milestones: fractions of the whole at which
+    the learning rate is multiplied by gamma (one number, or one for each milestone). Source: spec 0.3, 4.9, 6.2.
+    """
+
+    name = "recipe"
+
+    def __init__(
+        self,
+        *,
+        epochs: Count = 20,
+        steps: Count | None = None,
+        lr: Positive = 0.1,
+        milestones: tuple[Rate, ...] = (0.05, 0.5),
+        gamma: Positive | tuple[Positive, ...] = 0.1,
+        momentum: Rate = 0.9,
+        weight_decay: NonNegative = 1e-4,
+        nesterov: bool = False,
+        batch: Count = 64,
+        augment: Augmentation = "crop+flip",
+    ) -> None:
+        self.epochs = epochs
+        self.steps = steps
+        self.lr = lr
+        self.milestones = milestones
+        self.factors = gamma if isinstance(gamma, tuple) else (gamma,) * len(milestones)
+        if len(self.factors) != len(milestones):
+            raise UserError(f"recipe: {len(self.factors)} gammas for {len(milestones)} milestones; give one for each, or one number")
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.nesterov = nesterov
+        self.batch = batch
+        self.augment: Augmentation = augment
+
+    def total(self, images: int) -> int:
+        """SGD steps on `images` images, the last partial batch of an epoch kept."""
+        return self.steps if self.steps is not None else self.epochs * -(-images // self.batch)
+
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0 .. total-1; a milestone m takes effect at step round(m * total)."""
+        rate = self.lr
+        for milestone, factor in zip(self.milestones, self.factors, strict=True):
+            rate *= factor if step >= round(milestone * total) else 1.0
+        return float(rate)
+
+
+# ---------------------------------------------------------------- what a running method is handed
+
+
+class Snapshot(Protocol):
+    """Crash safety of a long loop: what was saved last is found again when the job is restarted."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and JSON of the newest snapshot, or None."""
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Replace the snapshot atomically; calls that follow each other too soon are skipped."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every running method gets. rng: CPU generator; log: one line to the job's log; tick(done, total, images):
+    progress of the loop, `images` being the images processed since the last call.
+    """
+
+    rng: torch.Generator
+    device: torch.device
+    workdir: Path
+    classes: int
+    log: Callable[[str], None]
+    tick: Callable[[int, int, int], None]
+    snapshot: Snapshot
+    recipe: Recipe
+    augment: Augment | None
+
+
+@dataclass(frozen=True)
+class AttackContext(Context):
+    """For `Attack.prepare`: the clean training images are the attacker's own."""
+
+    train: Images
+
+
+@dataclass(frozen=True)
+class InverterContext(Context):
+    """For `Inverter.invert`: the clean images, without labels (all -1)."""
+
+    clean: Images
+
+
+class Granted:
+    """What a defense declared in `knows`. Example: `ctx.granted.target`; anything undeclared raises AccessDenied."""
+
+    def __init__(self, method: str, values: Mapping[str, Any]) -> None:
+        self.__dict__["_method"] = method
+        self.__dict__["_values"] = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        values: dict[str, Any] = self.__dict__["_values"]
+        if name in values:
+            return values[name]
+        method = self.__dict__["_method"]
+        raise AccessDenied(f"{method} read granted.{name}, which it did not declare; add {name!r} to its `knows`")
+
+
+@dataclass(frozen=True)
+class DefenseContext(Context):
+    """For `Defense.defend`. clean: the clean images (labels -1 unless `uses_labels`); needs: the stages declared."""
+
+    clean: Images
+    needs: Mapping[str, Trigger]
+    granted: Granted
+
+
+# ---------------------------------------------------------------- attacks
+
+
+@dataclass(frozen=True)
+class State:
+    """What an attack prepared once per victim: tensors and JSON, saved with the victim, handed to poison and stamp."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Poisoned(NamedTuple):
+    """An overlay on the training set. index: int64 (P,); x: uint8 (P, C, H, W) in its place; y: int64 (P,)."""
+
+    index: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class Goal(NamedTuple):
+    """y: int64 (N,), the label the attacker wants; counted: bool (N,), the images that enter ASR."""
+
+    y: Tensor
+    counted: Tensor
+
+
+class Attack(Method):
+    """Poisons training data and stamps test images. `target` is the one target label, None for all-to-all."""
+
+    target: int | None = None
+
+    def prepare(self, ctx: AttackContext) -> State:
+        """Everything random or optimised about the trigger; nothing by default."""
+        return State()
+
+    @abstractmethod
+    def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:
+        """The poisoned training images, as an overlay; never a copy of the data set."""
+
+    @abstractmethod
+    def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
+        """The true test-time trigger: uint8 (B, C, H, W) and labels (B,) -> a new uint8 tensor of the same shape."""
+
+    def goal(self, y: Tensor) -> Goal:
+        """Labels (N,) -> the attacker's labels and the images that count (spec 1.1): the target, on all others."""
+        if self.target is None:
+            raise PluginError(f"{self.name}: an attack without a single target must override goal()")
+        return Goal(torch.full_like(y, self.target), y != self.target)
+
+
+# ---------------------------------------------------------------- triggers and inverters
+
+
+class Trigger(ABC):
+    """An inverted (or true) trigger, always in pixels: x float (B, C, H, W) in [0, 1] -> the same with the trigger."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Put the trigger on every image; differentiable, the input is left alone."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that `from_tensors` needs, by name."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Trigger:
+        """The trigger behind `tensors`, on their device."""
+
+
+class MaskPattern(Trigger):
+    """(1 - mask) * x + mask * pattern. mask: float (H, W) in [0, 1]; pattern: float (C, H, W) in [0, 1] (spec 5)."""
+
+    def __init__(self, mask: Tensor, pattern: Tensor) -> None:
+        if mask.ndim != 2 or pattern.ndim != 3 or pattern.shape[1:] != mask.shape:
+            raise ValueError(f"trigger: mask {tuple(mask.shape)} and pattern {tuple(pattern.shape)} do not fit")
+        self.mask = mask
+        self.pattern = pattern
+
+    def apply(self, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        return (1 - self.mask) * x + self.mask * self.pattern
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"mask": self.mask, "pattern": self.pattern}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MaskPattern:
+        return cls(tensors["mask"], tensors["pattern"])
+
+
+class Inverter(Method):
+    """Finds a trigger that sends clean images to a target label."""
+
+    @abstractmethod
+    def invert(self, model: Classifier, target: int, ctx: InverterContext) -> Trigger:
+        """The victim (its own to use, on ctx.device) and a label -> a trigger. The harness measures how good it is."""
+
+
+# ---------------------------------------------------------------- defenses
+
+
+@dataclass(frozen=True)
+class Need:
+    """A stage that a defense wants built before it runs, shared by all who want the same.
+
+    kind "trigger": `method` is the selection of an inverter, as in `Need("trigger", "nc-box(lr=0.01)")`; it is
+    fitted to the target label that was granted.
+    """
+
+    kind: Literal["trigger"]
+    method: str
+
+
+class Defense(Method):
+    """Repairs a victim with a few clean images. The harness alone judges the result."""
+
+    @property
+    def knows(self) -> frozenset[Knowledge]:
+        """What this configuration must be told beyond its clean images; nothing by default."""
+        return frozenset()
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether this configuration reads the labels of the clean images; without, they are all -1."""
+        return True
+
+    def needs(self) -> Mapping[str, Need]:
+        """Stages to build first, by the name under which `ctx.needs` gives them."""
+        return {}
+
+    @abstractmethod
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
+        """The victim (its own to change, on ctx.device) -> a classifier with the same state-dict keys and shapes."""
+
+
+__all__ = [
+    "AccessDenied", "Attack", "AttackContext", "Augment", "Augmentation", "Batch", "Classifier", "Context", "Count",
+    "Dataset", "Defense", "DefenseContext", "Diverged", "Ge", "Goal", "Granted", "Gt", "Images", "Interval",
+    "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Lt", "MaskPattern", "Method", "Model", "Need",
+    "NonNegative", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Row", "Snapshot", "Source",
+    "State", "Trigger", "UserError",
+]  # fmt: skip

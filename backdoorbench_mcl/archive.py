@@ -1,0 +1,116 @@
+"""Move results between machines: stages, rows and artefacts of a store as one tar file. Free of torch.
+
+A stranger's archive is data: names are matched against what an archive may hold, sizes are bounded, every
+artefact must have the content that its name says, and nothing is written before that was checked.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import artefacts
+from .artefacts import Damaged
+from .errors import UserError
+from .rows import Row
+from .store import Stage, Store
+
+INDEX = "bbmcl-archive.json"
+FORMAT = 1
+_MEMBER = re.compile(r"artefacts/[0-9a-f]{64}/(?:[a-z0-9-]+\.safetensors|meta\.json)")
+_KEY = re.compile(r"[0-9a-f]{64}")
+_LARGEST = 16 << 30
+
+
+def export(store: Store, file: Path) -> tuple[int, int]:
+    """Write every stage and row of `store` to `file`; returns their numbers. Raises UserError if it cannot be written."""
+    stages, rows = store.stages(), store.rows()
+    index = {"format": FORMAT, "stages": [asdict(s) for s in stages], "rows": [r.as_dict() for r in rows]}
+    scratch = file.with_name(file.name + ".part")
+    try:
+        with tarfile.open(scratch, "w") as tar:
+            content = json.dumps(index, sort_keys=True).encode()
+            info = tarfile.TarInfo(INDEX)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            for name in sorted({stage.artefact for stage in stages}):
+                for path in sorted(store.artefacts.open(name).iterdir()):
+                    tar.add(path, f"artefacts/{name}/{path.name}", filter=_anonymous)
+        scratch.replace(file)
+    except Damaged as damage:
+        raise UserError(f"not exported: {damage}; run the same matrix again, it computes what is damaged") from damage
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return len(stages), len(rows)
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mtime = 0
+    return info
+
+
+def load(store: Store, file: Path) -> tuple[int, int]:
+    """Add what `file` holds and `store` lacks; returns how many stages and rows were new.
+
+    Raises UserError, and changes nothing, for a file that is no archive or whose content is not what it says.
+    """
+    with tempfile.TemporaryDirectory(prefix="bbmcl-import-") as scratch:
+        try:
+            with tarfile.open(file, "r:") as tar:
+                index = _unpack(tar, Path(scratch))
+            stages = [_stage(item) for item in index["stages"]]
+            rows = [Row.from_dict(item) for item in index["rows"]]
+            for name in {stage.artefact for stage in stages}:
+                if artefacts.identify(Path(scratch, "artefacts", name)) != name:
+                    raise UserError(f"{file}: artefact {name[:12]} is not what its name says; nothing was imported")
+        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, Damaged) as error:
+            raise UserError(f"{file} is no bbmcl archive that can be read: {error}; nothing was imported") from error
+        known = {stage.key for stage in store.stages()}
+        fresh = [stage for stage in stages if stage.key not in known]
+        for stage in fresh:
+            store.commit(stage, Path(scratch, "artefacts", stage.artefact))
+        new_rows = [row for row in rows if store.row(row.key) is None]
+        for row in new_rows:
+            store.put_row(row)
+    return len(fresh), len(new_rows)
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> dict[str, Any]:
+    index: dict[str, Any] | None = None
+    for member in tar:
+        source = tar.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
+        if source is None:
+            raise ValueError(f"member {member.name[:80]!r} is no ordinary file of a sensible size")
+        if member.name == INDEX and index is None:
+            index = json.load(source)
+            continue
+        if not _MEMBER.fullmatch(member.name):
+            raise ValueError(f"member {member.name[:80]!r} does not belong into an archive")
+        target = folder / member.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"it holds no {INDEX} of format {FORMAT}")
+    return index
+
+
+def _stage(item: dict[str, Any]) -> Stage:
+    stage = Stage(**item)
+    if not (_KEY.fullmatch(stage.key) and _KEY.fullmatch(stage.artefact)):
+        raise ValueError(f"stage key {stage.key[:80]!r} or its artefact is no SHA-256")
+    return stage
+
+
+__all__ = ["export", "load"]

@@ -1,0 +1,150 @@
+"""Content-addressed artefacts: a folder of safetensors files and one `meta.json`, named by what it holds.
+
+The name is a SHA-256 over canonical tensors (names, types, shapes, bytes in sorted order) and the canonical
+JSON, so equal results have equal names whatever wrote them. A folder is written under a temporary name, synced
+and renamed: a half-written artefact is never seen under its final name. Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import cells
+
+META = "meta.json"
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+
+
+class Damaged(Exception):
+    """An artefact is missing, unreadable or not what its name says."""
+
+
+def tensors(file: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
+    """(name, dtype, shape, SHA-256 of the bytes) of every tensor of a safetensors file, sorted by name.
+
+    Raises Damaged for anything that is no well-formed safetensors file.
+    """
+    try:
+        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            length = int.from_bytes(data[:8], "little")
+            if not 2 <= length <= min(_MAX_HEADER, len(data) - 8):
+                raise Damaged(f"{file.name}: header of {length} bytes in a file of {len(data)}")
+            header = json.loads(data[8 : 8 + length])
+            header.pop("__metadata__", None)
+            with memoryview(data)[8 + length :] as body:
+                for name in sorted(header):
+                    entry = header[name]
+                    start, end = entry["data_offsets"]
+                    if not 0 <= start <= end <= len(body):
+                        raise Damaged(f"{file.name}: tensor {name!r} lies outside the file")
+                    yield name, str(entry["dtype"]), [int(n) for n in entry["shape"]], hashlib.sha256(body[start:end]).digest()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{file.name}: {error}") from error
+
+
+def identify(folder: Path) -> str:
+    """The name (hex) that the content of `folder` has. Raises Damaged for unreadable content."""
+    digest = hashlib.sha256()
+    try:
+        meta = json.loads((folder / META).read_text())
+        digest.update(cells.canonical(meta).encode())
+        for file in sorted(folder.glob("*.safetensors")):
+            digest.update(file.name.encode())
+            for name, dtype, shape, content in tensors(file):
+                digest.update(cells.canonical([name, dtype, shape]).encode() + content)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{folder.name}: {error}") from error
+    return digest.hexdigest()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The JSON of an artefact."""
+    meta: dict[str, Any] = json.loads((folder / META).read_text())
+    return meta
+
+
+class Artefacts:
+    """All artefacts of a store, under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._verified: set[str] = set()
+
+    def path(self, name: str) -> Path:
+        """Where the artefact `name` lies or would lie."""
+        return self.root / name[:2] / name
+
+    def open(self, name: str) -> Path:
+        """The folder of an artefact, verified against its name once per process; raises Damaged."""
+        folder = self.path(name)
+        if name not in self._verified:
+            found = identify(folder)
+            if found != name:
+                raise Damaged(f"artefact {name[:12]} holds the content of {found[:12]}")
+            self._verified.add(name)
+        return folder
+
+    def add(self, source: Path) -> str:
+        """Copy the safetensors files and `meta.json` of `source` in; returns the name. An OSError leaves nothing behind."""
+        name = identify(source)
+        final = self.path(name)
+        if final.exists():
+            try:
+                self.open(name)
+                return name
+            except Damaged:
+                self.drop(name)
+        scratch = self.root / f"tmp-{uuid.uuid4().hex}"
+        try:
+            scratch.mkdir(parents=True)
+            for file in sorted([*source.glob("*.safetensors"), source / META]):
+                shutil.copyfile(file, scratch / file.name)
+                _sync(scratch / file.name)
+            _sync(scratch)
+            final.parent.mkdir(exist_ok=True)
+            try:
+                scratch.rename(final)
+            except OSError:
+                if not final.exists():  # otherwise another driver was first with the same content
+                    raise
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self._verified.add(name)
+        return name
+
+    def drop(self, name: str) -> None:
+        """Remove an artefact that turned out damaged."""
+        self._verified.discard(name)
+        grave = self.root / f"tmp-{uuid.uuid4().hex}"
+        self.path(name).rename(grave)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what killed processes left under temporary names more than an hour ago."""
+        for scratch in self.root.glob("tmp-*"):
+            try:
+                age = os.path.getmtime(self.root) - os.path.getmtime(scratch)
+            except FileNotFoundError:
+                continue
+            if age > 3600:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+__all__ = ["META", "Artefacts", "Damaged", "identify", "read_meta", "tensors"]

@@ -1,0 +1,273 @@
+"""The command `bbmcl`: parse, call, print. What it calls is imported when it is called, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .errors import BbmclError, UserError
+
+if TYPE_CHECKING:
+    from .rows import Row
+
+app = typer.Typer(
+    help="Measure whether a backdoor defense works: attack x defense matrices with ASR and BA.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Data sets: list them, check the prepared copies.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
+Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
+DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
+DEFAULT_RUNS = Path("bbmcl-runs")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _config(ctx: typer.Context, file: Path | None) -> Path | None:
+    """`--config FILE.toml`: the file's keys are the options' names; what is typed beats the file."""
+    if file is None:
+        return None
+    from . import presets
+
+    known = {name for p in ctx.command.params for o in p.opts if (name := o.lstrip("-")) not in ("config", "help", "h")}
+    ctx.default_map = {**(ctx.default_map or {}), **presets.read_config(file, known)}
+    return file
+
+
+def _print_rows(rows: list[Row], fmt: str) -> None:
+    from . import report
+
+    if fmt not in report.FORMATS:
+        raise UserError(f"--format {fmt!r}: expected one of {', '.join(report.FORMATS)}")
+    print(report.render(rows, fmt, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
+@app.command()
+def matrix(
+    attacks: Annotated[str, typer.Option(metavar="LIST|all", help="Attacks, separated by commas.")],
+    defenses: Annotated[str, typer.Option(metavar="LIST|all", help="Defenses, separated by commas.")],
+    dataset: Annotated[str, typer.Option(help="Data set.")] = "shapes",
+    model: Annotated[str, typer.Option(help="Network.")] = "wrn-16-1",
+    seeds: Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")] = "0",
+    defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
+    clean_rate: Annotated[float, typer.Option(help="Share of the training set given to the defenses.")] = 0.05,
+    preset: Annotated[str, typer.Option(help="What is done: paper, authors or clean.")] = "paper",
+    budget: Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
+    threads_per_job: Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one job may take.")] = None,
+    isolation: Annotated[str, typer.Option(help="auto, landlock, process or inline.")] = "auto",
+    retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
+    runs: Runs = DEFAULT_RUNS,
+    data_root: DataRoot = None,
+    fmt: Format = "table",
+    config: Annotated[Path | None, typer.Option(is_eager=True, callback=_config, metavar="FILE.toml", help="Options from a file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
+) -> None:
+    """Train backdoored models, repair them, print the grid. The same line again goes on where it stopped."""
+    from . import report, runner
+    from .request import Options
+
+    if fmt not in report.FORMATS:  # before hours of work, not after
+        raise UserError(f"--format {fmt!r}: expected one of {', '.join(report.FORMATS)}")
+    options = Options(
+        attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
+        precision, data_root,
+    )  # fmt: skip
+    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
+    if dry_run:
+        print("\n".join(runner.dry_run(options, settings)))
+        return
+    rows = runner.run_matrix(options, settings, announce=_say)
+    _print_rows(rows, fmt)
+    raise typer.Exit(runner.exit_status(rows))
+
+
+@app.command()
+def report(
+    runs: Runs = DEFAULT_RUNS,
+    fmt: Format = "table",
+    attacks: Annotated[str | None, typer.Option(help="Only these attacks.")] = None,
+    defenses: Annotated[str | None, typer.Option(help="Only these defenses (Before stays).")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Only this preset.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Only this budget.")] = None,
+) -> None:
+    """Print the stored results again, in any format."""
+    from . import params, runner
+    from .request import BEFORE
+
+    def wanted(row: Row) -> bool:
+        one = all(given in (None, value) for given, value in ((dataset, row.dataset), (preset, row.preset), (budget, row.budget)))
+        attack = attacks is None or row.attack in params.split(attacks)
+        defense = defenses is None or row.defense in (BEFORE, *params.split(defenses))
+        return one and attack and defense
+
+    rows = runner.stored_rows(runs, wanted)
+    if not rows and fmt == "table":
+        _say("no stored row fits")
+    _print_rows(rows, fmt)
+
+
+@app.command()
+def plugins(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List every method, where it comes from, and what is wrong with plugins that could not be used."""
+    from . import plugins as door
+    from .text import one_line
+
+    found = door.load()
+    kinds = ("dataset", "model", "attack", "inverter", "defense")
+    table = [
+        {
+            "kind": kind, "name": o.entry.name, "summary": o.entry.summary, "paper": o.entry.paper,
+            "may_know": list(o.entry.may_know), "dist": o.plugin.dist, "version": o.plugin.version,
+            "target": o.entry.target,
+        }
+        for kind in kinds
+        for o in found.of(kind)  # type: ignore[arg-type]
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"methods": table, "problems": [str(p) for p in found.problems]}, indent=1))
+        return
+    width = max((len(str(line["name"])) for line in table), default=0)
+    for kind in kinds:
+        print(f"{kind}s")
+        for line in table:
+            if line["kind"] == kind:
+                knows = f" [may know: {', '.join(line['may_know'])}]" if line["may_know"] else ""
+                text = one_line(f"{line['summary']}{knows} ({line['dist']} {line['version']})")
+                print(f"  {line['name']:{width}}  {text}")
+    for problem in found.problems:
+        _say(one_line(str(problem)))
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A method, as bbmcl plugins lists it.")]) -> None:
+    """Print a method's card: what it is, and its parameters with bounds and defaults."""
+    from . import runner
+    from .report import card
+
+    known = runner.registry()
+    print(card.render(known, name))
+
+
+@app.command()
+def export(file: Annotated[Path, typer.Argument(help="The archive to write.")], runs: Runs = DEFAULT_RUNS) -> None:
+    """Write all results of a runs folder into one archive."""
+    from . import archive, runner
+    from .store import Store
+
+    runner.stored_rows(runs)
+    stages, rows = archive.export(Store(runs), file)
+    print(f"{file}: {stages} stages, {rows} rows")
+
+
+@app.command(name="import")
+def import_(file: Annotated[Path, typer.Argument(help="An archive of bbmcl export.")], runs: Runs = DEFAULT_RUNS) -> None:
+    """Add the results of an archive to a runs folder."""
+    from . import archive
+    from .store import Store
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected an archive written by bbmcl export")
+    stages, rows = archive.load(Store(runs), file)
+    print(f"{runs}: {stages} new stages, {rows} new rows")
+
+
+@data_app.command(name="list")
+def data_list() -> None:
+    """The data sets that plugins offer and the copies that are prepared."""
+    from . import datacache, plugins as door, registry
+
+    for offer in door.load().of("dataset"):
+        print(f"{offer.entry.name:12} {offer.entry.summary}")
+    for info in datacache.entries(registry.cache_folder()):
+        print(f"prepared: {info.n_train} + {info.n_test} images of {info.shape}, {info.classes} classes, {info.note}, {info.hash[:12]}")
+
+
+@data_app.command(name="check")
+def data_check(dataset: Annotated[str, typer.Argument(help="A data set, as for --dataset.")], data_root: DataRoot = None) -> None:
+    """Prepare a data set if need be, verify the prepared copy byte by byte, and print what it holds."""
+    from . import runner
+
+    for line in runner.check_data(dataset, data_root):
+        print(line)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"bbmcl {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False) -> None:
+    pass
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds like Ctrl-C, so that children are ended and locks released."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _run() -> int:
+    import click
+
+    try:
+        status: Any = app(standalone_mode=False, prog_name="bbmcl")
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as done:
+        return int(done.exit_code)
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        _say(f"bbmcl: {error.format_message()}")
+        return 2
+    except BbmclError as error:
+        _say(f"bbmcl: {error}")
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("bbmcl: stopped; what was finished is stored, the same command goes on from there")
+        return 130
+    except _Terminated:
+        _say("bbmcl: terminated; what was finished is stored, the same command goes on from there")
+        return 143
+
+
+def main() -> NoReturn:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has left: nothing to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The child that reads classes: `python -m backdoorbench_mcl.describe REQUESTS REPLIES` (two JSON files).
+
+Importing a plugin's class may cost seconds (torch), print, hang, exit or crash. It happens here, so that the
+driver answers at once, and learns of every class only what this process wrote down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import api
+from .errors import BbmclError, PluginError
+from .method import Method, schema
+
+BASES: Mapping[str, type[Method]] = {
+    "attack": api.Attack,
+    "model": api.Model,
+    "inverter": api.Inverter,
+    "defense": api.Defense,
+    "dataset": api.Dataset,
+    "recipe": api.Recipe,
+}
+
+
+def load_class(target: str, kind: str) -> type[Method]:
+    """The class behind `"module:Class"`; raises PluginError where it is missing, of another kind or abstract."""
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"cannot import {target}: {type(error).__name__}: {error}") from error
+    base = BASES[kind]
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"{target} is no {base.__name__}; derive the class from backdoorbench_mcl.api.{base.__name__}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(f"{target} lacks {', '.join(missing)}()")
+    return found
+
+
+def construct(target: str, kind: str, suffix: str, params: Mapping[str, Any]) -> Method:
+    """An instance of the class with a family's suffix and parameters; what is typed outright beats the suffix."""
+    cls = load_class(target, kind)
+    return cls(**{**(cls.parse(suffix) if suffix else {}), **params})
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists, all else as JSON has it; raises PluginError for a parameter that JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"parameter value {value!r} has no JSON form; use numbers, text, booleans, lists") from error
+
+
+def describe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the driver must know of one configured object: parameters, identity, declarations."""
+    method = construct(request["target"], request["kind"], request["suffix"], request["params"])
+    params = jsonable(method.params)
+    out: dict[str, Any] = {
+        "params": params,
+        "identity": {k: v for k, v in params.items() if not (k in method.added and jsonable(method.added[k]) == v)},
+        "version": method.version,
+        "repr": repr(method),
+    }
+    if isinstance(method, api.Attack):
+        out["attack"] = {"target": method.target}
+    elif isinstance(method, api.Defense):
+        needs = {name: {"kind": need.kind, "method": need.method} for name, need in method.needs().items()}
+        out["defense"] = {"knows": sorted(method.knows), "uses_labels": bool(method.uses_labels), "needs": needs}
+    elif isinstance(method, api.Dataset):
+        out["dataset"] = {"budget": method.budget, "toy": method.toy}
+    return out
+
+
+def card(request: Mapping[str, Any]) -> dict[str, Any]:
+    """For `bbmcl show`: the module's card, the class's docstring, parameters with bounds and defaults."""
+    cls = load_class(request["target"], request["kind"])
+    module = sys.modules[cls.__module__]
+    return {
+        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "version": cls.version,
+        "paper": cls.paper,
+        "card": (module.__doc__ or "").strip(),
+        "doc": (cls.__doc__ or "").strip(),
+        "schema": schema(cls).model_json_schema(),
+    }
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One reply: `{"ok": ...}` or `{"error": line}`."""
+    try:
+        return {"ok": card(request) if request["ask"] == "card" else describe(request)}
+    except BbmclError as error:
+        return {"error": str(error)}
+    except (Exception, SystemExit) as error:  # whatever a plugin's constructor raises is the plugin's
+        return {"error": f"{request['target']}: {type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    """Answer every request; the replies are written last, so a crash leaves no file."""
+    requests, replies = Path(sys.argv[1]), Path(sys.argv[2])
+    replies.write_text(json.dumps([answer(request) for request in json.loads(requests.read_text())]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Engines run job folders; what a job is stands in `jobs`."""

@@ -1,0 +1,23 @@
+"""The errors a user may see. Each says what was given, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class BbmclError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class UserError(BbmclError):
+    """The request cannot be carried out as given: printed as one line, exit status 2, no traceback."""
+
+
+class PluginError(BbmclError):
+    """A plugin broke the contract of `api` or `hooks`; the message names the plugin and the way out."""
+
+
+class AccessDenied(PluginError):
+    """A method reached for something that it did not declare in `knows`."""
+
+
+class Diverged(BbmclError):
+    """A loss or a weight is no longer finite. This is a result of the method, not a fault of the run."""

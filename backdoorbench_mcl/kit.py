@@ -1,0 +1,216 @@
+"""Helpers for authors of methods: augmentation, the SGD loop, predictions, frozen copies.
+
+Plugins import `hooks`, `api` and `kit` only. Everything here works on the device of the images it is given, draws
+from the generator it is handed and keeps pixels in [0, 1].
+
+Example (a whole fine-tuning defense):
+
+    model.train()
+    kit.fit(model, ctx.clean, ctx, lambda batch: F.cross_entropy(model(batch.x), batch.y))
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe
+from .errors import Diverged, UserError
+
+_MODEL = "model."
+_MOMENTUM = "momentum."
+_RNG = "rng.method"
+_RNG_GLOBAL = "rng.global"
+_RNG_CUDA = "rng.cuda"
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def _crop(x: Tensor, rng: torch.Generator, pad: int) -> Tensor:
+    size = (x.shape[2], x.shape[3])
+    corner = torch.randint(0, 2 * pad + 1, (2, len(x)), generator=rng).to(x.device)
+    windows = F.pad(x, (pad, pad, pad, pad)).unfold(2, size[0], 1).unfold(3, size[1], 1)  # (B, C, 2p+1, 2p+1, H, W)
+    return windows[torch.arange(len(x), device=x.device), :, corner[0], corner[1]]  # (B, C, H, W)
+
+
+def _flip(x: Tensor, rng: torch.Generator) -> Tensor:
+    mirrored = (torch.rand(len(x), generator=rng) < 0.5).to(x.device)
+    return torch.where(mirrored[:, None, None, None], x.flip(3), x)
+
+
+def augmentation(name: Augmentation, flip_ok: bool, pad: int = 4) -> Augment | None:
+    """The augmentation `name` as a function `(x_u8 (B, C, H, W), rng) -> x_u8` of the same shape, or None for none.
+
+    "crop": each image is padded with `pad` zeros on every side and cut back to its size at a place of its own, as
+    PIL's RandomCrop does (zero is black: the padding happens before normalisation). "flip": each image is mirrored
+    left-right with probability 1/2, unless `flip_ok` is False (a mirrored traffic sign may be another sign).
+    Draws come from `rng`, a CPU generator, so that they agree on every device. Source: spec 2.2, 2.4.
+
+    Raises UserError for an unknown name or a negative pad. Example: `augmentation("crop+flip", flip_ok=True)`.
+    """
+    if name not in ("none", "crop", "flip", "crop+flip"):
+        raise UserError(f"unknown augmentation {name!r}; expected one of none, crop, flip, crop+flip")
+    if pad < 0:
+        raise UserError(f"augmentation {name!r}: pad={pad} was given, expected 0 or more pixels")
+    crop = "crop" in name
+    flip = "flip" in name and flip_ok
+    if not crop and not flip:
+        return None
+
+    def augment(x: Tensor, rng: torch.Generator) -> Tensor:
+        if crop:
+            x = _crop(x, rng, pad)
+        return _flip(x, rng) if flip else x
+
+    return augment
+
+
+# ---------------------------------------------------------------- training
+
+
+def _fingerprint(model: Classifier, images: Images, ctx: Context, recipe: Recipe) -> str:
+    """What a training starts from. A snapshot is resumed only by the training that wrote it: a method may fit twice."""
+    digest = hashlib.sha256(f"{recipe!r} {len(images)}".encode())
+    tensors = {**model.state_dict(), _RNG: ctx.rng.get_state(), _RNG_GLOBAL: torch.get_rng_state()}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _pack(model: Classifier, optimiser: torch.optim.SGD, ctx: Context) -> dict[str, Tensor]:
+    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        momentum = optimiser.state[parameter].get("momentum_buffer") if parameter in optimiser.state else None
+        if momentum is not None:
+            tensors[_MOMENTUM + name] = momentum
+    tensors[_RNG] = ctx.rng.get_state()
+    tensors[_RNG_GLOBAL] = torch.get_rng_state()
+    if ctx.device.type == "cuda":
+        tensors[_RNG_CUDA] = torch.cuda.get_rng_state(ctx.device)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _unpack(tensors: Mapping[str, Tensor], model: Classifier, optimiser: torch.optim.SGD, ctx: Context) -> None:
+    weights = {name[len(_MODEL) :]: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    model.load_state_dict(weights)
+    for name, parameter in model.named_parameters():
+        if _MOMENTUM + name in tensors:
+            # a buffer with the strides of its parameter (channels_last) keeps the optimiser on the same kernels
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(tensors[_MOMENTUM + name])
+            optimiser.state[parameter]["momentum_buffer"] = buffer
+    ctx.rng.set_state(tensors[_RNG].cpu())
+    torch.set_rng_state(tensors[_RNG_GLOBAL].cpu())
+    if _RNG_CUDA in tensors and ctx.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[_RNG_CUDA].cpu(), ctx.device)
+
+
+def _finite(model: Classifier, loss: Tensor) -> bool:
+    state = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([loss.isfinite().all(), *(tensor.isfinite().all() for tensor in state)]).all())
+
+
+def fit(
+    model: Classifier,
+    images: Images,
+    ctx: Context,
+    loss: Callable[[Batch], Tensor],
+    *,
+    recipe: Recipe | None = None,
+) -> None:
+    """Train `model` in place by SGD on `images`, with `recipe` (by default ctx.recipe) and ctx.augment.
+
+    `loss(batch)` returns a scalar; the batch is on the device of `images`, which the caller has moved to ctx.device.
+    The caller sets train or eval mode. Parameters that get no gradient (frozen, or unused by the loss) are left
+    alone: no momentum, no weight decay. The last, shorter batch of an epoch is used (spec 4.9).
+
+    At the end of each epoch everything that the next epoch depends on goes to ctx.snapshot; a training that finds
+    its own snapshot, started from the same weights, generators, recipe and number of images, continues from it with
+    the same result to the last bit. ctx.tick is called after each step.
+
+    Raises Diverged when, at the end of an epoch, the summed loss or a weight is no longer finite (checked once an
+    epoch, because each check makes a GPU wait), and UserError when there are no images.
+    """
+    if len(images) == 0:
+        raise UserError("training: no images were given, expected at least one; raise the clean rate")
+    recipe = ctx.recipe if recipe is None else recipe
+    total = recipe.total(len(images))
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+    start = _fingerprint(model, images, ctx, recipe)
+    step = 0
+    found = ctx.snapshot.load()
+    if found is not None and found[1].get("start") == start:
+        _unpack(found[0], model, optimiser, ctx)
+        step = int(found[1]["step"])
+        ctx.log(f"resumed at step {step} of {total}")
+    while step < total:
+        summed = torch.zeros((), device=images.x.device)
+        for batch in images.batches(recipe.batch, ctx.rng, ctx.augment):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.lr_at(step, total)
+            optimiser.zero_grad(set_to_none=True)
+            value = loss(batch)
+            torch.autograd.backward(value)
+            optimiser.step()
+            summed += value.detach()
+            step += 1
+            ctx.tick(step, total, len(batch.x))
+            if step == total:
+                break
+        if not _finite(model, summed):
+            raise Diverged(f"training by step {step} of {total}: loss or weights are not finite (lr {recipe.lr})")
+        meta: dict[str, Any] = {"start": start, "step": step}
+        ctx.snapshot.save(_pack(model, optimiser, ctx), meta)
+
+
+# ---------------------------------------------------------------- small things
+
+
+def choose(total: int, count: int, rng: torch.Generator) -> Tensor:
+    """`count` indices of range(total), uniform without replacement, sorted: int64 (count,) on the CPU.
+
+    They are the first `count` of one permutation, so that from equal generators a smaller choice lies in a larger
+    one. Raises UserError when count is not in 0 .. total. Example: `choose(len(train), int(rate * len(train)), rng)`.
+    """
+    if not 0 <= count <= total:
+        raise UserError(f"choose: {count} of {total} images were asked for, expected 0 to {total}")
+    return torch.randperm(total, generator=rng)[:count].sort().values
+
+
+def predict(model: Classifier, x: Tensor, batch: int = 512) -> Tensor:
+    """uint8 images (N, C, H, W), on any device -> predicted labels, int64 (N,) on the CPU.
+
+    The model predicts in eval mode on its own device and gets back the mode of each of its modules.
+    """
+    device = model.mean.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            labels = [model(part.to(device).float().div_(255.0)).argmax(1) for part in torch.split(x, batch)]
+        # joined outside, because an inference tensor would be of no use in the caller's autograd
+        return torch.cat(labels).cpu() if labels else torch.empty(0, dtype=torch.int64)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def frozen(model: Classifier) -> Classifier:
+    """A deep copy in eval mode whose parameters take no gradient: a reference that training cannot move."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+__all__ = ["augmentation", "choose", "fit", "frozen", "predict"]

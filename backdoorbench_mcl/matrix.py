@@ -1,0 +1,339 @@
+"""The loop: stages in, rows out; one failure never stops it (design 5). Free of torch.
+
+Every stage is claimed, filled, run in a child and committed in one transaction; every cell whose stages exist is
+scored at once. Whatever dies, including this process, costs the stages that were running and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from . import artefacts, evaluate, provenance
+from .artefacts import Damaged
+from .engines.local import Finished, Local, Progress
+from .errors import BbmclError, UserError
+from .grant import Grants
+from .plan import Cell, Node, Plan
+from .progress import Progress as Display
+from .rows import FINAL_STATES, Row
+from .store import Claim, Stage, Store
+
+WEAK = "weak attack"
+Observer = Callable[[Row], object]
+
+
+@dataclasses.dataclass
+class _Job:
+    node: Node
+    claim: Claim
+    started: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"."""
+
+    state: str
+    reason: str
+
+
+class Matrix:
+    """One run of a plan on a store. retry: try stages again that failed in an earlier run."""
+
+    def __init__(
+        self, plan: Plan, store: Store, grants: Grants, engine: Local, display: Display, *, retry: bool = True,
+        observers: Sequence[tuple[str, Observer]] = (),
+    ) -> None:  # fmt: skip
+        self.plan = plan
+        self.store = store
+        self.grants = grants
+        self.engine = engine
+        self.display = display
+        self.retry = retry
+        self.observers = observers
+        self.stages: dict[str, Stage] = {}
+        self.failures: dict[str, Failure] = {}
+        self.running: dict[Path, _Job] = {}
+        self.rows: dict[int, Row] = {}
+        self.scores: dict[str, dict[str, Any]] = {}
+        self.work = Path(tempfile.mkdtemp(prefix="bbmcl-"))
+        self.versions = provenance.versions()
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self) -> list[Row]:
+        """Compute what is missing; returns one row per cell, in the order of the table.
+
+        Raises UserError when the store can no longer be written; what was finished by then is stored.
+        """
+        try:
+            self._load_finished()
+            while len(self.rows) < len(self.plan.cells):
+                moved = self._settle_cells()
+                if len(self.rows) == len(self.plan.cells):
+                    break
+                moved |= self._start_jobs()
+                if self.running or not moved:
+                    for event in self.engine.events():
+                        self._handle(event)
+                if not self.running and not moved:
+                    time.sleep(0.2)  # all that is left is being computed by another driver
+        finally:
+            self.engine.close()
+            for job in self.running.values():
+                job.claim.release()
+            shutil.rmtree(self.work, ignore_errors=True)
+        return [self.rows[i] for i in range(len(self.plan.cells))]
+
+    def _load_finished(self) -> None:
+        for i, cell in enumerate(self.plan.cells):
+            stored = self.store.row(cell.key)
+            if stored is not None and stored.state in FINAL_STATES:
+                labels = {"dataset", "model", "attack", "defense", "inverter"}  # what was typed this time
+                self.rows[i] = dataclasses.replace(stored, **{name: getattr(cell.row, name) for name in labels})
+                self.display.cell(self.rows[i])
+
+    def _wanted(self) -> list[Node]:
+        """Stages that an unfinished cell lacks, all of whose inputs exist, best first."""
+        ready: dict[str, Node] = {}
+
+        def visit(key: str) -> None:
+            if key in ready or self._stage(key) is not None or key in self.failures:
+                return
+            node = self.plan.nodes[key]
+            if node.gated_by is not None:
+                if self._stage(node.gated_by) is None:
+                    return visit(node.gated_by)
+            missing = [k for k in node.inputs.values() if self._stage(k) is None]
+            for k in missing:
+                visit(k)
+            if not missing:
+                ready[key] = node
+
+        for i, cell in enumerate(self.plan.cells):
+            if i not in self.rows:
+                visit(cell.before)
+                if cell.after is not None:
+                    visit(cell.after)
+        busy = {job.node.key for job in self.running.values()}
+        return sorted((node for key, node in ready.items() if key not in busy), key=lambda node: node.rank)
+
+    def _stage(self, key: str) -> Stage | None:
+        """The stage if it exists: what another driver has stored meanwhile counts."""
+        if key not in self.stages:
+            found = self.store.stage(key)
+            if found is None:
+                return None
+            self.stages[key] = found
+        return self.stages[key]
+
+    # ------------------------------------------------------------ jobs
+
+    def _start_jobs(self) -> bool:
+        """Start what can be started; True if anything changed."""
+        moved = False
+        for node in self._wanted():
+            if self.engine.free <= 0:
+                break
+            last = self.store.last_attempt(node.key)
+            if last is not None and (last[0] == "diverged" or not self.retry):  # to diverge is a result, not a fault
+                self.failures[node.key] = Failure(last[0], last[1])
+                moved = True
+                continue
+            claim = self.store.claim(node.key)
+            if claim is None:  # another driver is at it
+                continue
+            if self._stage(node.key) is not None:  # and has just finished
+                claim.release()
+                moved = True
+                continue
+            moved |= self._start(node, claim)
+        return moved
+
+    def _start(self, node: Node, claim: Claim) -> bool:
+        folder = Path(tempfile.mkdtemp(prefix=f"{node.kind}-", dir=self.work))
+        try:
+            inputs = {role: self._open(key) for role, key in node.inputs.items()}
+            self.grants.fill(node, inputs, folder)
+        except Damaged as damage:  # forgotten by the store: it is computed again
+            self.display.note(f"a stored result is damaged and is computed again ({damage})")
+            claim.release()
+            return True
+        except (BbmclError, OSError) as error:
+            self._fail(node, Failure("failed", _line(error)), "", 0.0)
+            claim.release()
+            return True
+        self.running[folder] = _Job(node, claim, time.monotonic())
+        self.display.started(node.key, node.title)
+        self.engine.start(folder)
+        return True
+
+    def _open(self, key: str) -> Path:
+        stage = self._stage(key)
+        if stage is None:
+            raise Damaged(f"stage {key[:12]} is gone")
+        try:
+            return self.store.open(stage)
+        except Damaged:
+            for other in [k for k, s in self.stages.items() if s.artefact == stage.artefact]:
+                del self.stages[other]
+            raise
+
+    def _handle(self, event: Progress | Finished) -> None:
+        job = self.running.get(event.folder)
+        if job is None:
+            return
+        if isinstance(event, Progress):
+            self.display.tick(job.node.key, event.done, event.total, event.rate)
+            return
+        seconds = time.monotonic() - job.started
+        try:
+            if event.state == "ok":
+                self._commit(job.node, event, seconds)
+            else:
+                self._fail(job.node, Failure(event.state, event.reason), event.log, seconds)
+        finally:
+            del self.running[event.folder]
+            job.claim.release()
+            shutil.rmtree(event.folder, ignore_errors=True)
+
+    def _commit(self, node: Node, event: Finished, seconds: float) -> None:
+        out = event.folder / "out"
+        if node.kind == "predict":
+            try:
+                self.grants.judge(node, self._open(node.inputs["trial"]), out)
+            except Damaged as damage:
+                self.display.note(f"a stored result is damaged and is computed again ({damage})")
+                return
+        self.stages[node.key] = self.store.commit(self._finished(node, event.result), out)
+        self.display.finished(node.key, node.title, "ok", seconds)
+
+    def _finished(self, node: Node, result: Mapping[str, Any]) -> Stage:
+        common = self.grants.common
+        numerics = {
+            "device": common["device"],
+            "precision": common["precision"],
+            "threads": common["threads"],
+            "isolation": result.get("isolation", common["isolation"]),
+            "machine": provenance.machine_class(str(common["device"])),
+            "versions": self.versions,
+        }
+        cost = {name: result[name] for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
+        return Stage(node.key, node.kind, node.spec, "", numerics, cost)
+
+    def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:
+        self.failures[node.key] = failure
+        self.store.attempt(node.key, failure.state, failure.reason, log)
+        self.display.finished(node.key, node.title, failure.state, seconds, failure.reason)
+
+    # ------------------------------------------------------------ cells
+
+    def _settle_cells(self) -> bool:
+        """Score or give up every cell that can be; True if there was one."""
+        moved = False
+        for i, cell in enumerate(self.plan.cells):
+            if i in self.rows:
+                continue
+            row = self._score(cell)
+            if row is not None:
+                moved = True
+                self.rows[i] = row
+                self.store.put_row(row)
+                self.display.cell(row)
+                self._tell(row)
+        return moved
+
+    def _tell(self, row: Row) -> None:
+        for plugin, observer in self.observers:
+            try:
+                observer(row=row)  # type: ignore[call-arg]
+            except Exception as error:  # an observer is a guest: it cannot end the run
+                self.display.note(f"plugin {plugin}: bbmcl_cell_finished raised {type(error).__name__}: {error}")
+
+    def _score(self, cell: Cell) -> Row | None:
+        """The finished row, or None while something is still to be computed."""
+        before = self._score_stage(cell.before)
+        if before is None:
+            cause = self._cause(cell.before)
+            return None if cause is None else self._failed(cell, cause)
+        gate = evaluate.gate(before["asr"])
+        row = dataclasses.replace(
+            cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
+            versions=self.versions, threads=int(str(self.grants.common["threads"])),
+        )  # fmt: skip
+        cell = dataclasses.replace(cell, row=row)
+        if cell.after is None:
+            return self._with_stages(cell, before)
+        if gate == "weak":
+            return self._failed(cell, Failure("n/a", WEAK))
+        after = self._score_stage(cell.after)
+        if after is None:
+            cause = self._cause(cell.after)
+            return None if cause is None else self._failed(cell, cause)
+        der = evaluate.der(before["asr"], after["asr"], before["ba"], after["ba"])
+        return self._with_stages(cell, {**after, "der": der})
+
+    def _cause(self, key: str) -> Failure | None:
+        """The failure that keeps a stage from existing, however far up; None while there is hope."""
+        if key in self.failures:
+            return self.failures[key]
+        for role, needed in self.plan.nodes[key].inputs.items():
+            cause = self._cause(needed)
+            if cause is not None:
+                node = self.plan.nodes[needed]
+                direct = role in ("weights", "trial") or cause is not self.failures.get(needed)
+                return cause if direct else Failure(cause.state, f"{node.title}: {cause.reason}")
+        return None
+
+    def _score_stage(self, key: str) -> dict[str, Any] | None:
+        if key not in self.scores:
+            if self._stage(key) is None:
+                return None
+            try:
+                found = load_file(self._open(key) / "predictions.safetensors")
+            except Damaged as damage:
+                self.display.note(f"stored predictions are damaged and are computed again ({damage})")
+                return None
+            counted = found["counted"].astype(bool)
+            self.scores[key] = evaluate.measure(found["clean"], found["triggered"], found["y"], found["goal"], counted)
+        return self.scores[key]
+
+    def _failed(self, cell: Cell, cause: Failure) -> Row:
+        return dataclasses.replace(cell.row, state=cause.state, reason=cause.reason, versions=self.versions)  # type: ignore[arg-type]
+
+    def _with_stages(self, cell: Cell, measured: Mapping[str, Any]) -> Row:
+        own = [self.stages[key] for key in cell.own]
+        shared = [stage for key in cell.shared if (stage := self._stage(key)) is not None]
+        judged = self.stages[cell.after or cell.before]
+        seconds = sum(float(stage.cost.get("seconds", 0)) for stage in own)
+        extra: dict[str, Any] = {}
+        for stage in shared:
+            if stage.kind == "invert":
+                meta = artefacts.read_meta(self._open(stage.key))
+                extra = {"inverter_success": meta["success"], "inverter_l1": meta["l1"]}
+        worker = own[0]
+        return dataclasses.replace(
+            cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
+            seconds_shared=seconds + sum(float(stage.cost.get("seconds", 0)) for stage in shared),
+            peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [*own, *shared]),
+            isolation=worker.numerics["isolation"], device=worker.numerics["device"],
+            threads=worker.numerics["threads"], versions=worker.numerics["versions"],
+            stages={**{s.kind: s.key for s in [*own, *shared]}, "before": cell.before, "predict": judged.key},
+        )  # fmt: skip
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, UserError) or not isinstance(error, OSError):
+        return str(error)
+    return f"{error.strerror or error}: {error.filename or 'work folder'}"
+
+
+__all__ = ["WEAK", "Failure", "Matrix"]

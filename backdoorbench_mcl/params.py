@@ -1,0 +1,121 @@
+"""From text to constructor parameters: selections, values, `--set` lines. Free of torch.
+
+Grammar of a selection (design 3.2): comma-separated `family[-int...][:argument][(param=value, ...)]`, split on
+commas outside parentheses, brackets and quotes: `wrn-16-1`, `parquet:PATH`, `mcldef(temperature=0.1)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UserError
+
+_WORDS: Mapping[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+_NAME = re.compile(r"(?P<full>(?:[A-Za-z0-9_.\-]+/)?[a-z][a-z0-9]*(?:[-+.][a-z][a-z0-9]*)*\+?)(?P<suffix>(?:-\d+)*(?::.*)?)", re.S)
+_OPEN = {"(": ")", "[": "]", "{": "}"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """label: what was typed; name: `name` or `dist/name`; suffix: `-16-1` or `:PATH` of a family, or ""."""
+
+    label: str
+    name: str
+    suffix: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def split(text: str, separator: str = ",") -> list[str]:
+    """Parts of `text` between top-level separators, stripped. Raises UserError for unbalanced brackets or quotes."""
+    parts, start, stack, quote = [], 0, [], ""
+    for position, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and stack:  # outside parentheses a quote is an ordinary character of a path
+            quote = char
+        elif char in _OPEN:
+            stack.append(_OPEN[char])
+        elif stack and char == stack[-1]:
+            stack.pop()
+        elif char in ")]}":
+            raise UserError(f"{text!r}: {char!r} at position {position + 1} closes nothing")
+        elif char == separator and not stack:
+            parts.append(text[start:position].strip())
+            start = position + 1
+    if stack or quote:
+        raise UserError(f"{text!r}: a closing {quote or stack[-1]!r} is missing")
+    return [*parts, text[start:].strip()]
+
+
+def value(text: str) -> Any:
+    """A number, true/false, none, a quoted string, a list or tuple; anything else is the string itself."""
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def assignments(text: str) -> dict[str, Any]:
+    """`"a=1, b=x"` -> `{"a": 1, "b": "x"}`; raises UserError for anything that is no assignment, or a name twice."""
+    out: dict[str, Any] = {}
+    for part in split(text):
+        name, equals, given = part.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise UserError(f"{part!r}: expected parameter=value, as in 'temperature=0.1'")
+        if name in out:
+            raise UserError(f"parameter {name!r} is given twice in {text!r}")
+        out[name] = value(given)
+    return out
+
+
+def selection(text: str) -> Selection:
+    """One selection. Raises UserError for text outside the grammar."""
+    label = text.strip()
+    body, params = label, {}
+    if label.endswith(")"):
+        depth = 0
+        for position in range(len(label) - 1, -1, -1):  # the last top-level group holds the parameters
+            depth += (label[position] == ")") - (label[position] == "(")
+            if depth == 0:
+                body, inner = label[:position], label[position + 1 : -1]
+                params = assignments(inner) if inner.strip() else {}
+                break
+    match = _NAME.fullmatch(body)
+    if not match:
+        raise UserError(f"{label!r} is no method name; expected name, family-1-2, family:argument or name(param=value)")
+    return Selection(label, match["full"], match["suffix"], params)
+
+
+def selections(text: str) -> list[Selection]:
+    """A comma-separated list of selections; raises UserError for an empty one or one given twice."""
+    out = [selection(part) for part in split(text) if part]
+    if not out:
+        raise UserError(f"{text!r}: expected at least one name; see: bbmcl plugins")
+    labels = [s.label for s in out]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{label!r} is selected twice in {text!r}; leave one out")
+    return out
+
+
+def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
+    """`["ft.lr=0.01", "train.epochs=15"]` -> `{"ft": {"lr": 0.01}, "train": {"epochs": 15}}`."""
+    out: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        name, equals, given = line.partition("=")
+        method, dot, parameter = name.strip().rpartition(".")
+        if not equals or not dot or not method or not parameter.isidentifier():
+            raise UserError(f"--set {line!r}: expected name.param=value, as in 'mcldef.temperature=0.1'")
+        out.setdefault(method, {})[parameter] = value(given)
+    return out
+
+
+__all__ = ["Selection", "assignments", "overrides", "selection", "selections", "split", "value"]

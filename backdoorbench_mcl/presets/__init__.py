@@ -1,0 +1,78 @@
+"""Presets say what is done, budgets how much (design 3.7): one TOML file each, only what differs. Free of torch."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Collection, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PresetName = Literal["paper", "authors", "clean"]
+BudgetName = Literal["full", "mid", "quick"]
+PRESETS: tuple[PresetName, ...] = ("paper", "authors", "clean")
+BUDGETS: tuple[BudgetName, ...] = ("full", "mid", "quick")
+Settings = dict[str, dict[str, Any]]
+_PARAMETER = {"set": "set_", "format": "fmt"}  # options whose names Python keeps for itself
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files(__package__).joinpath(f"{name}.toml").read_text())
+
+
+def _merge(into: Settings, tables: Mapping[str, Any]) -> None:
+    for method, params in tables.items():
+        if isinstance(params, Mapping) and method != "data":
+            into.setdefault(method, {}).update(params)
+
+
+def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
+    """Parameters by method name (`train` and `defend` are the recipes): base, preset, its table for the data set, budget.
+
+    Example: `settings("paper", "mid", "cifar10")["train"]["epochs"]` is 15.
+    """
+    out: Settings = {}
+    own = _read(preset)
+    for part in ([_read(own["base"])] if "base" in own else []) + [own]:
+        _merge(out, part)
+        _merge(out, part.get("data", {}).get(dataset, {}))
+    _merge(out, _read("budgets")[budget])
+    return out
+
+
+def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
+    """Options of `--config FILE.toml` by parameter name: `attacks = "badnets"`, `seeds = "0-2"`, and for `--set` either
+    a list or tables, `[set.mcldef]` with `temperature = 0.1`. known: the options' names, with hyphens.
+
+    Raises UserError for a file that cannot be read, a key that is no option, or a value of no use.
+    """
+    try:
+        found = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is no TOML: {error}") from error
+    out: dict[str, Any] = {}
+    for key, value in found.items():
+        name = key.replace("_", "-")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else "see: bbmcl matrix --help"
+            raise UserError(f"--config {file}: unknown option {key!r}; {hint}")
+        if name == "set" and isinstance(value, Mapping):
+            value = [f"{method}.{p}={v!r}" for method, table in value.items() for p, v in dict(table).items()]
+        elif isinstance(value, list) and name != "set":
+            value = ",".join(map(str, value))
+        out[_PARAMETER.get(name, name.replace("-", "_"))] = value
+    return out
+
+
+__all__ = ["BUDGETS", "PRESETS", "BudgetName", "PresetName", "Settings", "read_config", "settings"]

@@ -1,0 +1,155 @@
+"""What stands around a grid: marks, banner, legend, failures and the table of details. Plain text, no markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..evaluate import GATE_OK
+from .grid import Block, Cell, Column, Line
+
+FLOOR, ERASED, FLAGGED = "≈", "×", "°"
+KNOWS = {
+    "target": ("†", "was told the target label"),
+    "location": ("‡", "was told the place and size of the trigger"),
+    "trigger": ("§", "was given the true trigger"),
+    "suspect": ("¶", "was given the suspect training set"),
+}
+NONE = "–"
+MAX_FAILURES = 8
+DETAILS = ("ASR", "FTR", "BA nt", "TCA", "RA", "DER", "s", "s+")
+_FIELDS = ("asr", "ftr", "ba_nt", "tca", "ra", "der", "seconds", "seconds_shared")
+
+
+def heading(column: Column) -> str:
+    """Column heading: the label and a mark for each thing that the defense was told. Example: `mcldef†`"""
+    return column.label + "".join(KNOWS.get(item, ("¤", ""))[0] for item in column.knows)
+
+
+def attack(line: Line) -> str:
+    """Row heading: the label, marked if the attack was flagged by the gate."""
+    return line.label + (FLAGGED if line.flagged else "")
+
+
+def asr_marks(cell: Cell) -> str:
+    """The mark behind an ASR: target class erased (which explains any floor), else at the floor, else ""."""
+    return ERASED if cell.erased else FLOOR if cell.floor else ""
+
+
+def banner(blocks: Iterable[Block]) -> str:
+    """The line above toy tables, "" where no block is a toy."""
+    toys = ", ".join(dict.fromkeys(block.dataset for block in blocks if block.toy))
+    return f"TOY DATA SET ({toys}): made up, small and easy. No claim may rest on these numbers." if toys else ""
+
+
+def legend(block: Block, ranking: str) -> list[str]:
+    """Lines below a grid; `ranking` says how this format shows best and second best."""
+    cells = [cell for line in block.lines for cell in line.cells if cell]
+    defended = [cell for cell in _defended(block) if cell.ok]
+    out = []
+    if any(cell.asr_rank or cell.ba_rank for cell in cells):
+        out.append(f"{ranking} per attack, among the ranked cells. ASR: lower is better; BA (all classes): higher.")
+    if any(asr_marks(cell) == FLOOR for cell in cells):
+        out.append(f"{FLOOR} ASR not above FTR, its floor: nothing left to rank, such cells tie.")
+    floors = [value for cell in defended if (value := cell.mean("ftr")) is not None]
+    if floors:
+        out.append(f"FTR, the floor of ASR, after defense: {_range(floors, 2)} %.")
+    if any(cell.erased for cell in cells):
+        out.append(f"{ERASED} target class erased (TCA below a tenth of its value before): not ranked.")
+    if any(line.flagged for line in block.lines):
+        out.append(f"{FLAGGED} ASR below {GATE_OK:g} % before defense: weak attack, not ranked.")
+    told = dict.fromkeys(item for column in block.columns for item in column.knows)
+    for item in told:
+        mark, meaning = KNOWS.get(item, ("¤", f"was told: {item}"))
+        out.append(f"{mark} {meaning}.")
+    out.append(_runs(block))
+    if any("/" in cell.tag for cell in cells):
+        out.append("k/n: k of n runs finished, the numbers are theirs; not ranked where the defense itself failed.")
+    if block.budget != "full":
+        out.append(f"Scaled protocol (budget {block.budget}): not comparable with printed numbers.")
+    out.append(_machine(block))
+    return out
+
+
+def _defended(block: Block) -> list[Cell]:
+    return [
+        cell
+        for line in block.lines
+        for cell, column in zip(line.cells, block.columns, strict=True)
+        if cell and not column.before
+    ]
+
+
+def _runs(block: Block) -> str:
+    cells = _defended(block) or [cell for line in block.lines for cell in line.cells if cell]
+    victims = {len({row.victim_seed for row in cell.runs}) for cell in cells}
+    repeats = {len({row.defense_seed for row in cell.runs}) for cell in cells}
+    spread = any(stat and stat.sd is not None for cell in cells for stat in (cell.asr, cell.ba))
+    if max(victims) == 1 and max(repeats) == 1:
+        return "n = 1: one victim and one defense seed; the spread between seeds is unknown."
+    text = f"n = {_range(victims)} victim{'s' * (max(victims) > 1)} x {_range(repeats)} defense seed"
+    text += "s" * (max(repeats) > 1)
+    if spread:
+        text += ": mean ± sd over " + ("victims" if max(victims) > 1 else "defense seeds")
+    return text + "."
+
+
+def _machine(block: Block) -> str:
+    runs = [row for cell in _defended(block) for row in cell.runs] or block.rows
+    isolation = "/".join(sorted({row.isolation for row in runs} - {""}))
+    parts = [f"isolation {isolation}"] if isolation else []
+    parts.append(f"device {'/'.join(sorted({row.device for row in runs}))}")
+    alone = [row.seconds for row in runs if row.state == "ok" and row.seconds is not None]
+    if alone:
+        parts.append(f"{_range(alone, 1)} s a cell")
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def _range(values: Iterable[float], digits: int = 0) -> str:
+    ordered = sorted(values)
+    low, high = f"{ordered[0]:.{digits}f}", f"{ordered[-1]:.{digits}f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def failures(block: Block) -> list[str]:
+    """One line for each run that did not finish (weak attacks aside), at most `MAX_FAILURES` and a count."""
+    lines = []
+    for row in block.rows:
+        if row.state == "ok" or (row.state == "n/a" and row.gate == "weak"):
+            continue
+        text = f"{row.state}: {row.attack} / {row.defense}, victim seed {row.victim_seed}"
+        if row.defense_seed is not None:
+            text += f", defense seed {row.defense_seed}"
+        lines.append(f"{text}: {row.reason}" if row.reason else text)
+    more = len(lines) - MAX_FAILURES
+    return lines if more <= 0 else [*lines[:MAX_FAILURES], f"and {more} more (--format json has all reasons)"]
+
+
+def details(block: Block) -> list[list[str]]:
+    """Attack, defense and the means named in `DETAILS` for each cell with a finished run; None is printed as "–".
+
+    s: seconds of the cell alone; s+: with the stages that it shares with others (inversion).
+    """
+    out = []
+    for line in block.lines:
+        for cell, column in zip(line.cells, block.columns, strict=True):
+            if cell is None or not cell.ok:
+                continue
+            numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in _FIELDS]
+            numbers[0] += asr_marks(cell)
+            out.append([attack(line), heading(column), *numbers])
+    return out
+
+
+def _number(value: float | None, seconds: bool) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.2f}" if not seconds else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+DETAILS_TITLE = "Details (means)"
+DETAILS_LEGEND = (
+    "FTR: clean non-target images called the target. BA nt: BA without the target class. TCA: accuracy on the target "
+    "class. RA: triggered images classified as what they show. DER: 50 = nothing changed. s: seconds of the cell "
+    "alone; s+: with the stages that it shares."
+)

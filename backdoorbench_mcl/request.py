@@ -1,0 +1,202 @@
+"""From what the user typed to what is to be computed: names resolved, presets applied, data found. Free of torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import cells, datacache, params, presets, provenance
+from .errors import UserError
+from .params import Selection
+from .plugins import Kind
+from .registry import Described, Registry, Wanted
+
+CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
+BEFORE = "before"  # the label of the undefended victim
+Precision = Literal["fp32", "bf16"]
+PrepareData = Callable[[Described, Path | None, str], datacache.DataInfo]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line (or a script) asks for; every field as typed."""
+
+    attacks: str
+    defenses: str
+    dataset: str = "shapes"
+    model: str = "wrn-16-1"
+    seeds: str = "0"
+    defense_seeds: str = "0"
+    clean_rate: float = 0.05
+    preset: str = "paper"
+    budget: str | None = None
+    overrides: Sequence[str] = ()
+    device: str = "auto"
+    precision: str = "auto"
+    data_root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A resolved matrix. `inverters` maps the text of a need to its configured inverter."""
+
+    dataset: Described
+    data: datacache.DataInfo
+    model: Described
+    attacks: Sequence[Described]
+    defenses: Sequence[Described]
+    inverters: Mapping[str, Described]
+    train: Described
+    defend: Described
+    seeds: Sequence[int]
+    defense_seeds: Sequence[int]
+    clean_rate: float
+    preset: str
+    budget: str
+    device: str
+    precision: Precision
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
+    if given not in allowed:
+        close = difflib.get_close_matches(given, allowed, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(allowed)}"
+        raise UserError(f"{option} {given!r}: {hint}")
+    return given
+
+
+def resolve_device(text: str) -> str:
+    """`auto` is `cuda` where torch sees a GPU, else `cpu`; `cuda`, `cuda:N` are checked. Raises UserError."""
+    if text == "cpu":
+        return text
+    if text != "auto" and text != "cuda" and not (text.startswith("cuda:") and text[5:].isdigit()):
+        raise UserError(f"--device {text!r}: expected auto, cpu, cuda or cuda:N")
+    driver = any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd"))
+    count = 0
+    if driver:  # only then is asking torch worth two seconds
+        code = "import torch; print(torch.cuda.device_count())"
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+        count = int(asked.stdout.strip() or 0) if asked.returncode == 0 else 0
+    if text == "auto":
+        return "cuda" if count else "cpu"
+    if int(text[5:] or 0) >= count:
+        raise UserError(f"--device {text}: torch sees {count} CUDA device{'' if count == 1 else 's'} here; use --device cpu")
+    return text
+
+
+def resolve_precision(text: str, device: str) -> Precision:
+    """`auto` is bf16 on CUDA and on processors that have it, else fp32: a static rule, never a timing (design 3.3)."""
+    _one_of("--precision", text, ("auto", "fp32", "bf16"))
+    if text == "auto":
+        return "bf16" if device.startswith("cuda") or provenance.supports_bf16() else "fp32"
+    return "bf16" if text == "bf16" else "fp32"
+
+
+def _expand(registry: Registry, kind: Kind, text: str) -> list[Selection]:
+    """The selections of a list; `all` stands for every method that is no control and knows neither trigger nor place."""
+    out: list[Selection] = []
+    for part in params.split(text):
+        if part == "all":
+            for offer in registry.plugins.of(kind):
+                if offer.entry.name != CONTROL and not {"trigger", "location"} & set(offer.entry.may_know):
+                    out.append(Selection(offer.entry.name, offer.entry.name))
+        elif part:
+            out.extend(params.selections(part))
+    labels = [selection.label for selection in out]
+    unique = [s for i, s in enumerate(out) if s.label not in labels[:i]]
+    if not unique:
+        raise UserError(f"--{kind}s {text!r}: expected at least one {kind}; see: bbmcl plugins")
+    return unique
+
+
+class _Settings:
+    """Presets, budget and `--set` by method name; knows which `--set` was used."""
+
+    def __init__(self, base: presets.Settings, overrides: Mapping[str, dict[str, Any]]) -> None:
+        self.base = base
+        self.overrides = overrides
+        self.seen: set[str] = set()
+
+    def of(self, selection: Selection) -> dict[str, Any]:
+        name = selection.name.rpartition("/")[2]
+        self.seen |= {name, selection.name}
+        own = {**self.overrides.get(name, {}), **(self.overrides.get(selection.name, {}))}
+        base = dict(self.base.get(name, {}))
+        if "epochs" in {**own, **selection.params} and "steps" not in own:
+            base.pop("steps", None)  # epochs asked for outright beat the steps of a budget
+        return {**base, **own}
+
+    def check(self) -> None:
+        for name in self.overrides:
+            if name not in self.seen:
+                known = sorted(self.seen)
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"this run has {', '.join(known)}"
+                raise UserError(f"--set {name}...: nothing selected is called {name!r}; {hint}")
+
+
+def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Request:
+    """Everything that `options` asks for, checked. Raises UserError with one line for the first thing that is wrong."""
+    preset = _one_of("--preset", options.preset, presets.PRESETS)
+    seeds, defense_seeds = cells.seeds(options.seeds), cells.seeds(options.defense_seeds)
+    if not 0 < options.clean_rate <= 1:
+        raise UserError(f"--clean-rate {options.clean_rate}: expected a share above 0 and at most 1, as in 0.05")
+    overrides = params.overrides(list(options.overrides))
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    attacks = _expand(registry, "attack", options.attacks)
+    defenses = _expand(registry, "defense", options.defenses)
+    for selection in defenses:
+        if selection.name == BEFORE:
+            raise UserError(f"--defenses {BEFORE!r}: the undefended victim is always part of the table; leave it out")
+    for kind, group in (("attack", attacks), ("defense", defenses)):
+        for selection in group:
+            registry.find(kind, selection.name)  # type: ignore[arg-type]
+
+    dataset_selection = params.selection(options.dataset)
+    model_selection = params.selection(options.model)
+    registry.find("model", model_selection.name)
+    own = overrides.get(dataset_selection.name, {})
+    dataset = registry.describe([Wanted("dataset", dataset_selection, own)])[0]
+    budget = _one_of("--budget", options.budget or dataset.budget, presets.BUDGETS)
+    base = presets.settings(preset, budget, dataset_selection.name)  # type: ignore[arg-type]
+    table = _Settings(base, overrides)
+    table.seen |= {dataset_selection.name}
+
+    recipes = [Selection("train", "train"), Selection("defend", "defend")]
+    wanted = [
+        Wanted("model", model_selection, table.of(model_selection)),
+        *(Wanted("recipe", selection, table.of(selection)) for selection in recipes),
+        *(Wanted("attack", selection, table.of(selection)) for selection in attacks),
+        *(Wanted("defense", selection, table.of(selection)) for selection in defenses),
+    ]
+    described = registry.describe(wanted)
+    model, train, defend = described[:3]
+    found_attacks, found_defenses = described[3 : 3 + len(attacks)], described[3 + len(attacks) :]
+    needed = sorted({need["method"] for d in found_defenses for need in d.needs.values()})
+    chosen = [params.selection(text) for text in needed]
+    inverters = registry.describe([Wanted("inverter", selection, table.of(selection)) for selection in chosen])
+    table.check()
+
+    data = prepare(dataset, options.data_root, cells.key({"dataset": dataset.identity}))
+    for attack in found_attacks:
+        if attack.attack_target is not None and attack.attack_target >= data.classes:
+            raise UserError(
+                f"{attack.label}: target={attack.attack_target}, but {dataset.label} has the labels 0 to "
+                f"{data.classes - 1}; set {attack.label.partition('(')[0]}.target"
+            )
+    cells.clean_index(data.n_train, options.clean_rate, 0)  # says so if that is no image at all
+    return Request(
+        dataset, data, model, found_attacks, found_defenses, dict(zip(needed, inverters, strict=True)), train, defend,
+        seeds, defense_seeds, options.clean_rate, preset, budget, device, precision,
+    )  # fmt: skip
+
+
+__all__ = ["BEFORE", "CONTROL", "Options", "Request", "resolve", "resolve_device", "resolve_precision"]

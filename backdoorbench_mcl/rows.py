@@ -1,0 +1,94 @@
+"""One row of the result table: everything that is known of one cell, free of torch.
+
+Percentages are 0-100 and unrounded, `*_k` of `*_n` are the integer counts behind them, undefined is None
+(spec 1.3, design 3.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+State = Literal["ok", "n/a", "failed", "killed", "timeout", "diverged"]
+FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: a defense (label `before` for the undefended victim) on one victim.
+
+    Labels are what the user typed; `key` identifies the cell with every resolved parameter. The floor of
+    `asr` is `ftr` (the share of clean non-target images that the repaired model calls the target).
+    `knows` lists what the method was told beyond its clean images.
+    """
+
+    key: str
+    dataset: str
+    model: str
+    attack: str
+    defense: str
+    victim_seed: int
+    defense_seed: int | None
+    clean_rate: float | None
+    state: State
+    reason: str = ""
+    asr_before: float | None = None
+    ba_before: float | None = None
+    asr: float | None = None
+    asr_k: int | None = None
+    asr_n: int | None = None
+    ba: float | None = None
+    ba_k: int | None = None
+    ba_n: int | None = None
+    ba_nt: float | None = None
+    ba_nt_k: int | None = None
+    ba_nt_n: int | None = None
+    tca: float | None = None
+    tca_k: int | None = None
+    tca_n: int | None = None
+    ra: float | None = None
+    ra_k: int | None = None
+    ra_n: int | None = None
+    ftr: float | None = None
+    ftr_k: int | None = None
+    ftr_n: int | None = None
+    der: float | None = None
+    tca_before: float | None = None
+    gate: str = ""  # "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
+    seconds: float | None = None  # this cell alone
+    seconds_shared: float | None = None  # with the stages that it shares with others (inversion)
+    peak_mb: float | None = None
+    knows: tuple[str, ...] = ()
+    uses_labels: bool | None = None
+    inverter: str | None = None
+    inverter_success: float | None = None  # % of clean non-target images that the inverted trigger sends to the target
+    inverter_l1: float | None = None
+    clean_n: int | None = None  # clean images used
+    target: int | None = None
+    preset: str = "paper"
+    budget: str = "full"
+    precision: str = "fp32"
+    isolation: str = "process"
+    device: str = "cpu"
+    threads: int | None = None
+    toy: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)  # resolved parameters of attack, model, defense, recipes
+    versions: Mapping[str, str] = field(default_factory=dict)
+    stages: Mapping[str, str] = field(default_factory=dict)  # stage kind -> stage key
+    schema: int = SCHEMA
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict with every field, in the order of declaration."""
+        out = asdict(self)
+        out["knows"] = list(self.knows)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """The row behind `as_dict`; fields of a newer version are dropped, absent ones take their default."""
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in data.items() if k in known}
+        given["knows"] = tuple(given.get("knows") or ())
+        return cls(**given)

@@ -1,0 +1,213 @@
+"""One run of the matrix from options to rows: what `bbmcl matrix` and scripts call. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import artefacts, cells, confine, datacache, params, plan, plugins, provenance, request
+from .engines.local import Finished, Isolation, Local
+from .errors import UserError
+from .grant import Grants
+from .matrix import Matrix
+from .progress import Progress
+from .registry import Described, Registry, Wanted, cache_folder
+from .request import Options
+from .rows import Row
+from .store import Store
+
+MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what several trainings run out of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, whatever is run. workers, threads: None for the default rule; timeout: seconds per job."""
+
+    runs: Path = Path("bbmcl-runs")
+    workers: int | None = None
+    threads: int | None = None
+    timeout: float | None = None
+    isolation: str = "auto"
+    retry: bool = True
+    snapshot_every: float = 2.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """workers: jobs at once; threads: cores of each; isolation: how a job is kept in."""
+
+    workers: int
+    threads: int
+    isolation: Isolation
+
+
+def resources(settings: Settings, device: str) -> Resources:
+    """The static rules of design 3.3: on a CPU one worker per core with one thread each (up to MAX_WORKERS), on CUDA
+    one worker; a single worker gets every core. Raises UserError for numbers out of range.
+    """
+    cores = provenance.cores()
+    for name, given in (("--workers", settings.workers), ("--threads-per-job", settings.threads)):
+        if given is not None and not 1 <= given <= 1024:
+            raise UserError(f"{name} {given}: expected a number from 1 to 1024")
+    if settings.timeout is not None and settings.timeout <= 0:
+        raise UserError(f"--timeout {settings.timeout}: expected seconds above 0")
+    if settings.isolation not in ("auto", "landlock", "process", "inline"):
+        raise UserError(f"--isolation {settings.isolation!r}: expected auto, landlock, process or inline")
+    inline = settings.isolation == "inline"
+    default = 1 if inline or device.startswith("cuda") else min(cores, MAX_WORKERS)
+    workers = 1 if inline else settings.workers or default
+    threads = settings.threads or (1 if workers > 1 else cores)
+    if settings.isolation != "auto":
+        return Resources(workers, threads, settings.isolation)  # type: ignore[arg-type]
+    held = not device.startswith("cuda") and confine.abi_version() > 0  # not yet tried with the driver of a GPU
+    return Resources(workers, threads, "landlock" if held else "process")
+
+
+def prepare_data(registry: Registry, cache: Path) -> request.PrepareData:
+    """A function that finds a data set in the cache, or prepares it in a child."""
+
+    def prepare(dataset: Described, root: Path | None, key: str) -> datacache.DataInfo:
+        code = registry.code(dataset.target)
+        full = f"{key}-{code[:16]}"
+        return datacache.lookup(cache, full, root) or _prepare(dataset, root, full, cache)
+
+    return prepare
+
+
+def _prepare(dataset: Described, root: Path | None, key: str, cache: Path) -> datacache.DataInfo:
+    folder = Path(tempfile.mkdtemp(prefix="bbmcl-data-"))
+    try:
+        spec = {
+            "job": "data", "device": "cpu", "precision": "fp32", "threads": 1, "isolation": "process",
+            "seeds": {"init": 0}, "dataset": dataset.spec, "cache": str(cache), "key": key,
+            "root": None if root is None else str(root),
+        }  # fmt: skip
+        (folder / "spec.json").write_text(json.dumps(spec))
+        with Local(1) as engine:
+            engine.start(folder)
+            while True:
+                for event in engine.events():
+                    if isinstance(event, Finished):
+                        if event.state != "ok":
+                            raise UserError(f"data set {dataset.label}: {event.reason}")
+                        return datacache.DataInfo.from_dict(artefacts.read_meta(folder / "out"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_data(text: str, root: Path | None) -> list[str]:
+    """Prepare a data set if need be, verify the prepared copy byte by byte; lines that say what it holds.
+
+    Raises UserError where the data are missing, or where the copy is damaged.
+    """
+    known = registry()
+    dataset = known.describe([Wanted("dataset", params.selection(text))])[0]
+    info = prepare_data(known, cache_folder())(dataset, root, cells.key({"dataset": dataset.identity}))
+    problems = datacache.check(info)
+    if problems:
+        raise UserError(f"the prepared copy of {text} is damaged: {'; '.join(problems)}; remove {info.folder} and run again")
+    return [
+        f"{text}: {info.n_train} train + {info.n_test} test images, {info.shape}, {info.classes} classes, {info.note}",
+        f"train images per class: {', '.join(map(str, info.class_counts_train))}",
+        f"mean {info.mean}, std {info.std}",
+        f"hash {info.hash}; prepared copy in {info.folder}: verified",
+    ]
+
+
+def registry() -> Registry:
+    """The methods of this installation, with the user's cache."""
+    return Registry(plugins.load(), cache_folder())
+
+
+def summary(asked: request.Request, using: Resources) -> list[str]:
+    """What `all` stood for and every default that decides numbers: printed before a run."""
+    return [
+        f"data set {asked.dataset.label} ({asked.data.n_train} + {asked.data.n_test} images, {asked.data.note}), "
+        f"model {asked.model.label}",
+        f"attacks {', '.join(a.label for a in asked.attacks)}; defenses {', '.join(d.label for d in asked.defenses)}",
+        f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
+        f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"
+        f"{'s' if using.threads > 1 else ''}, isolation {using.isolation}",
+    ]
+
+
+def dry_run(options: Options, settings: Settings) -> list[str]:
+    """What a run would do, in lines: cells, stages that are missing and stored ones. Computes nothing but the data cache."""
+    known = registry()
+    asked = request.resolve(options, known, prepare_data(known, cache_folder()))
+    using = resources(settings, asked.device)
+    graph = plan.build(asked)
+    stored: set[str] = set()
+    if settings.runs.exists():
+        store = Store(settings.runs)
+        stored = {key for key in graph.nodes if store.stage(key) is not None}
+        store.close()
+    kinds = Counter(node.kind for node in graph.nodes.values())
+    missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
+    lines = [*summary(asked, using), f"{len(graph.cells)} cells in {settings.runs}"]
+    for kind in ("train", "trial", "invert", "defend", "predict"):
+        lines.append(f"  {kind:8} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
+    return lines
+
+
+def run_matrix(
+    options: Options, settings: Settings, announce: Callable[[str], None] = lambda line: None, live: bool | None = None
+) -> list[Row]:
+    """Run a matrix; one row per cell in the order of the table.
+
+    `announce` receives the lines of `summary` and every plugin problem. Raises UserError for a request that cannot
+    be met; a cell that fails is a row with its reason instead.
+    """
+    known = registry()
+    for problem in known.plugins.problems:
+        announce(str(problem))
+    asked = request.resolve(options, known, prepare_data(known, cache_folder()))
+    using = resources(settings, asked.device)
+    for line in summary(asked, using):
+        announce(line)
+    graph = plan.build(asked)
+    store = Store(settings.runs)
+    try:
+        grants = Grants(
+            asked.data, store, clean_rate=asked.clean_rate, device=asked.device, precision=asked.precision,
+            threads=using.threads, isolation=using.isolation, snapshot_every=settings.snapshot_every,
+        )  # fmt: skip
+        engine = Local(using.workers, settings.timeout, inline=using.isolation == "inline")
+        with Progress(len(graph.cells), live=live) as display:
+            observers = known.plugins.observers
+            return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
+    finally:
+        store.close()
+
+
+def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+    """The rows of a runs folder that `keep` admits. Raises UserError where there is no such folder."""
+    if not (runs / "store.sqlite").exists():
+        raise UserError(f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix")
+    store = Store(runs)
+    try:
+        return [row for row in store.rows() if keep(row)]
+    finally:
+        store.close()
+
+
+def exit_status(rows: Sequence[Row]) -> int:
+    """0 when every cell is ok or n/a, 1 when one failed."""
+    return int(any(row.state in ("failed", "killed", "timeout", "diverged") for row in rows))
+
+
+def data_root(given: Path | None) -> Path | None:
+    """`--data-root`, else `BBMCL_DATA`, else None."""
+    return given or (Path(os.environ["BBMCL_DATA"]) if os.environ.get("BBMCL_DATA") else None)
+
+
+__all__ = [
+    "Resources", "Settings", "check_data", "data_root", "dry_run", "exit_status", "prepare_data", "registry", "resources",
+    "run_matrix", "stored_rows", "summary",
+]  # fmt: skip

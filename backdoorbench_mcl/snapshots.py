@@ -1,0 +1,52 @@
+"""Epoch snapshots in a folder: safetensors and JSON in one file, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_FILE = "snapshot.safetensors"
+
+
+class FolderSnapshot:
+    """`api.Snapshot` in `folder` (made when first needed). Saves closer together than `every` seconds are skipped."""
+
+    def __init__(self, folder: Path, every: float = 2.0) -> None:
+        self.folder = folder
+        self.every = every
+        self._last = -every
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest snapshot, or None: there is none, or it cannot be read (then the work starts over)."""
+        file = self.folder / _FILE
+        try:
+            with safe_open(file, framework="pt") as found:
+                meta = json.loads((found.metadata() or {})["meta"])
+                return {name: found.get_tensor(name) for name in found.keys()}, meta  # noqa: SIM118: not a dict
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Replace the snapshot; a reader sees the old or the new one, never a part."""
+        if time.monotonic() - self._last < self.every:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / f"{_FILE}.{os.getpid()}"
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"meta": json.dumps(dict(meta))})
+        with scratch.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        scratch.replace(self.folder / _FILE)
+        self._last = time.monotonic()
+
+
+__all__ = ["FolderSnapshot"]

@@ -1,0 +1,25 @@
+"""Text that others wrote (labels, reasons, plugin messages), made safe to print. Free of torch."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# ECMA-48: OSC and friends up to their terminator, CSI up to its final byte, any other two-character escape.
+_ESCAPE = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|$)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -~]", re.S
+)
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def one_line(text: str, limit: int | None = None) -> str:
+    """`text` on one line, without terminal escapes, control, bidi or surrogate characters; cut at `limit` with `...`.
+
+    Example: `one_line("\\x1b[31mout of\\nmemory")` -> `"out of memory"`
+    """
+    text = _ESCAPE.sub("", text)
+    spaced = ("" if unicodedata.category(c) in _UNPRINTABLE and not c.isspace() else c for c in text)
+    text = " ".join("".join(spaced).split())
+    if limit is not None and len(text) > limit:
+        text = text[: max(0, limit - 3)].rstrip() + "..."
+    return text

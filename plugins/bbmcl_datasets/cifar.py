@@ -1,0 +1,222 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), found under the data root in either of two layouts, or downloaded.
+
+torchvision's (`cifar-10-batches-py/`, `cifar-100-python/`: pickles, read by an unpickler that can build nothing but
+plain containers and byte arrays) or Parquet (`cifar10/train-*.parquet`, ...). CIFAR-10's mean and std are those of
+spec 2: the std triple is the average of per-image standard deviations, not the deviation over all pixels
+(.247 .243 .261). CIFAR-100's are the widely used ones, deviations over all training pixels.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from backdoorbench_mcl.api import Dataset, Images, Source, UserError
+
+from . import parquet
+
+# ---------------------------------------------------------------- pickles that run nothing
+
+
+class _Array:
+    """Stands in for numpy's array constructor: numpy's own trusts the sizes, offsets and types in a pickle."""
+
+    def __init__(self, *args: Any) -> None:
+        self.values: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, raw = state
+        self._fill(raw, kind, shape, "F" if fortran else "C")
+
+    def _fill(self, raw: Any, kind: Any, shape: Any, order: Literal["C", "F"]) -> None:
+        if not isinstance(kind, _Type) or kind.code not in ("u1", b"u1", "|u1"):
+            raise pickle.UnpicklingError("holds an array of another type than uint8")
+        if not isinstance(raw, bytes | bytearray):
+            raise pickle.UnpicklingError("holds an array without bytes")
+        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order=order)
+
+
+class _FromBuffer(_Array):
+    """The same for arrays in pickles of protocol 5."""
+
+    def __init__(self, raw: Any, kind: Any, shape: Any, order: Any) -> None:
+        super().__init__()
+        self._fill(raw, kind, shape, "F" if order == "F" else "C")
+
+
+class _Type:
+    """Stands in for numpy's dtype, of which only the name is looked at."""
+
+    def __init__(self, code: Any, *flags: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like do not concern bytes."""
+
+
+class _Latin1:
+    """Stands in for `_codecs.encode`, by which old protocols spell bytes."""
+
+    def __new__(cls, text: str, encoding: str) -> Any:
+        return text.encode("latin1")
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("holds something that is no array")
+
+
+# All are classes with a __setstate__: a pickle can call them, but the BUILD opcode cannot alter them.
+_ADMITTED: dict[tuple[str, str], type] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Type,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
+    ("numpy._core.numeric", "_frombuffer"): _FromBuffer,
+    ("_codecs", "encode"): _Latin1,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no image file needs")
+        return _ADMITTED[module, name]
+
+
+def read_batch(path: Path, label: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """One pickled batch -> uint8 (N, 3, 32, 32) and the labels under the key `label`, int64 (N,).
+
+    Raises UserError naming the file when it cannot be read, is no such batch, or asks for anything but arrays.
+    """
+    try:
+        with path.open("rb") as file:
+            batch = _Unpickler(file, encoding="bytes").load()
+        named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        x = named["data"].values.reshape(-1, 3, 32, 32)
+        y = np.array(named[label])
+        if y.dtype != np.int64 or y.shape != x.shape[:1]:
+            raise ValueError(f"{y.dtype} labels {y.shape} for {len(x)} images")
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise UserError(
+            f"{path}: not a readable CIFAR batch ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+    return x, y
+
+
+# ---------------------------------------------------------------- data sets
+
+
+class Cifar(Dataset):
+    """What CIFAR-10 and CIFAR-100 share. download: fetch the set through torchvision when it is not found."""
+
+    shape = (3, 32, 32)
+    folder: ClassVar[str]  # torchvision's folder
+    batches: ClassVar[dict[str, tuple[str, ...]]]  # split -> its files
+    label: ClassVar[str]  # key of the labels in them
+    parquet_folders: ClassVar[tuple[str, ...]]  # relative to the data root
+
+    def __init__(self, *, download: bool = False) -> None:
+        self.download = download
+
+    def _locate(self, root: Path) -> tuple[Path, parquet.Files | None] | None:
+        """The folder that holds the set, with its Parquet files or, where it holds pickles, None."""
+        names = [name for files in self.batches.values() for name in files]
+        for folder in (root / self.folder, root):
+            if all((folder / name).is_file() for name in names):
+                return folder, None
+        for folder in (*(root / name for name in self.parquet_folders), root):
+            files = parquet.split_files(folder)
+            if files is not None:
+                return folder, files
+        return None
+
+    def _missing(self, root: Path | None) -> UserError:
+        first = self.parquet_folders[0]
+        where = "anywhere, as no data root was given" if root is None else f"in {root}"
+        return UserError(
+            f"{self.name} not found: looked for {self.folder}/ (torchvision) and {first}/train-*.parquet {where}; "
+            f"three ways to get it: point --data-root (BBMCL_DATA) at a folder that holds torchvision's "
+            f"{self.folder}/, or at one that holds {first}/ with train-*.parquet and test-*.parquet, or fetch it "
+            f"with --data-root FOLDER --dataset '{self.name}(download=true)'"
+        )
+
+    def _fetch(self, root: Path) -> None:
+        from torchvision import datasets  # here alone: it costs a second to import
+
+        kind = datasets.CIFAR10 if self.classes == 10 else datasets.CIFAR100
+        try:
+            kind(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{self.name}: the download to {root} failed ({error}); is there a network?") from error
+
+    def find(self, root: Path | None) -> Source:
+        if root is None:
+            raise self._missing(root)
+        found = self._locate(root)
+        if found is None and self.download:
+            self._fetch(root)
+            found = self._locate(root)
+        if found is None:
+            raise self._missing(root)
+        folder, files = found
+        if files is not None:
+            return parquet.source(files, folder)
+        return Source(tuple(folder / name for names in self.batches.values() for name in names), "lossless")
+
+    def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
+        found = None if root is None else self._locate(root)
+        if found is None:
+            raise self._missing(root)
+        folder, files = found
+        if files is None:
+            parts = [read_batch(folder / name, self.label) for name in self.batches[split]]
+            x, y = (np.concatenate(column) for column in zip(*parts, strict=True))
+            images = Images(torch.from_numpy(x), torch.from_numpy(y))
+        else:
+            images = parquet.load_split(files.of(split), None)
+        self._check(images, split, folder)
+        return images
+
+    def _check(self, images: Images, split: str, folder: Path) -> None:
+        """Whether this is the set at all: the data root may be a folder of Parquet files of something else."""
+        present: list[int] = np.unique(images.y.numpy()).tolist()
+        fits = present == list(range(self.classes)) if split == "train" else set(present) <= set(range(self.classes))
+        if tuple(images.x.shape[1:]) != self.shape or not fits:
+            raise UserError(
+                f"{folder}: {split} has {len(present)} classes of images {tuple(images.x.shape[1:])}, expected "
+                f"{self.name}: labels 0-{self.classes - 1}, images {self.shape}; is this another data set?"
+            )
+
+
+class Cifar10(Cifar):
+    """CIFAR-10: 50,000 + 10,000 images of 10 classes. Constants: spec 2."""
+
+    name = "cifar10"
+    paper = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
+    classes = 10
+    mean = (0.4914, 0.4822, 0.4465)
+    std = (0.2023, 0.1994, 0.2010)
+    folder = "cifar-10-batches-py"
+    batches: ClassVar = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+    label = "labels"
+    parquet_folders = ("cifar10", "cifar10/plain_text", "cifar10/data")
+
+
+class Cifar100(Cifar):
+    """CIFAR-100 with its fine labels: 50,000 + 10,000 images of 100 classes. Constants: per-channel mean and standard
+    deviation over all training pixels, as public CIFAR-100 training code has them; spec 2 is silent."""
+
+    name = "cifar100"
+    paper = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
+    classes = 100
+    mean = (0.5071, 0.4865, 0.4409)
+    std = (0.2673, 0.2564, 0.2762)
+    folder = "cifar-100-python"
+    batches: ClassVar = {"train": ("train",), "test": ("test",)}
+    label = "fine_labels"
+    parquet_folders = ("cifar100", "cifar100/cifar100", "cifar100/data")

@@ -1,0 +1,166 @@
+"""`folder:PATH`: an image folder, one sub-folder per class.
+
+Either `PATH/train/CLASS/*` with `PATH/test/CLASS/*` (else `val` or `validation`), or `PATH/CLASS/*` alone. In the
+latter case an image goes to the test set when its pixel digest, read as a fraction of the largest digest, lies below
+`test_fraction`: no seed, no file name enters, copies of an image never straddle the split, and images that are added
+later move no other one. Labels count the class folders of `train` in order of their names, in order of their value
+when all names are numbers. Not read: sub-folders of a class, hidden files, files without an image suffix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Source, UserError
+
+from .decode import SUFFIXES, argument, decode, locate, note, stack, statistics
+
+TEST_NAMES = ("test", "val", "validation")
+
+
+class Listing(NamedTuple):
+    """Files with their labels, and every folder that was read to find them."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+    folders: tuple[Path, ...]
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The class folders below `folder`, in the order of their labels."""
+    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    numbers = all(path.name.isdecimal() for path in found)
+    return sorted(found, key=lambda path: (int(path.name) if numbers else 0, path.name))
+
+
+def listing(folder: Path, names: Sequence[str]) -> Listing:
+    """The images below `folder`, whose class folders must be among `names`.
+
+    Raises UserError for a class that training does not know and for a class folder without images.
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    folders = class_folders(folder)
+    for path in folders:
+        if path.name not in names:
+            raise UserError(f"{path}: no such class in the training images; expected {', '.join(names)}")
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        if not inside:
+            raise UserError(f"{path}: no image in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        files.extend(inside)
+        labels.extend([names.index(path.name)] * len(inside))
+    return Listing(tuple(files), tuple(labels), (folder, *folders))
+
+
+def read(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Every file's bytes, with its name for messages."""
+    for path in files:
+        try:
+            yield str(path), path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def head(path: Path) -> bytes:
+    """The first bytes of a file, which tell its format."""
+    try:
+        with path.open("rb") as file:
+            return file.read(3)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def fraction(image: npt.NDArray[np.uint8]) -> float:
+    """uint8 (3, H, W) -> a number in [0, 1) from the last 8 bytes of its SHA-256 (the first set the cache's order)."""
+    return int.from_bytes(hashlib.sha256(np.ascontiguousarray(image).data).digest()[-8:], "big") / 2**64
+
+
+class Folder(Dataset):
+    """`folder:PATH`. `classes` and `shape` are known after `load`, `mean` and `std` (over all training pixels, 4
+    decimals) after `load("train")`.
+
+    path: a folder, absolute or relative to the data root or the working directory. size: resize every image to
+    size x size (PIL bilinear, whole image). test_fraction: the expected share of test images where PATH has no
+    split folders. flip: whether a mirrored image keeps its label.
+    """
+
+    name = "folder"
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        size: Count | None = None,
+        test_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.2,
+        flip: bool = True,
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.test_fraction = test_fraction
+        self.flip_ok = flip
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        return argument(cls.name, text)
+
+    def _listings(self, root: Path | None) -> tuple[Path, list[str], Listing, Listing | None]:
+        """PATH, class names, training images and test images (None: all images are in one listing, still unsplit)."""
+        folder = locate(self.name, self.path, root)
+        try:
+            train = folder / "train" if (folder / "train").is_dir() else folder
+            names = [path.name for path in class_folders(train)]
+            if len(names) < 2:
+                raise UserError(
+                    f"{train}: holds {len(names)} class folders, expected at least 2: {self.name}:PATH/CLASS/IMAGE"
+                )
+            if train is folder:
+                return folder, names, listing(folder, names), None
+            test = next((folder / name for name in TEST_NAMES if (folder / name).is_dir()), None)
+            if test is None:
+                raise UserError(f"{folder}: has train/ but neither test/ nor val/; add one of them")
+            return folder, names, listing(train, names), listing(test, names)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
+
+    def find(self, root: Path | None) -> Source:
+        folder, _, train, test = self._listings(root)
+        parts = [train] if test is None else [train, test]
+        files = [path for part in parts for path in part.files]
+        about = note(head(path) for path in files)
+        if test is None:
+            about += f", split by pixel hash ({self.test_fraction:g} for test)"
+        if self.size is not None:
+            about += f", resized to {self.size}x{self.size}"
+        return Source((folder, *(path for part in parts for path in part.folders), *files), about)
+
+    def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
+        folder, names, train, test = self._listings(root)
+        part = test if split == "test" and test is not None else train
+        x = stack(read(part.files), len(part.files), self.size)
+        y = np.array(part.labels, np.int64)
+        if test is None:
+            inside = np.array([fraction(image) < self.test_fraction for image in x]) == (split == "test")
+            if not inside.any():
+                raise UserError(
+                    f"{folder}: none of its {len(x)} images falls into {split}; change test_fraction or add images"
+                )
+            x, y = x[inside], y[inside]
+        self.classes = len(names)
+        self.shape = (x.shape[1], x.shape[2], x.shape[3])
+        if split == "train":
+            self.mean, self.std = statistics(x)
+        elif test is not None:
+            first = decode(next(read(train.files))[1], str(train.files[0]), self.size)
+            if first.shape != self.shape:
+                raise UserError(
+                    f"{test.files[0]}: {x.shape[3]}x{x.shape[2]} pixels, but training images have "
+                    f"{first.shape[2]}x{first.shape[1]}; give size=N to resize all images to NxN"
+                )
+        return Images(torch.from_numpy(x), torch.from_numpy(y))

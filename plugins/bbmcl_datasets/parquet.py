@@ -1,0 +1,202 @@
+"""`parquet:PATH`: image data sets in the Parquet layout of the Hugging Face Hub.
+
+PATH holds `train-*.parquet` (or `train.parquet`) and the same for `test`, else `val` or `validation`. Columns: `img` or
+`image`, as {bytes, path} or plain bytes, and `label` or `fine_label`, integers. Class names may stand in the schema
+metadata under `huggingface`; without them the classes are 0 .. highest label of both splits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from backdoorbench_mcl.api import Count, Dataset, Images, Source, UserError
+
+from .decode import argument, decode, locate, note, stack, statistics
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label")
+TEST_NAMES = ("test", "val", "validation")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+_ROWS = 1024  # rows decoded to Python objects at a time
+
+
+class Files(NamedTuple):
+    """The Parquet files of a data set, each split in the order of the file names."""
+
+    train: tuple[Path, ...]
+    test: tuple[Path, ...]
+
+    def of(self, split: Literal["train", "test"]) -> tuple[Path, ...]:
+        """The files of one split."""
+        return self.train if split == "train" else self.test
+
+
+def split_files(folder: Path) -> Files | None:
+    """The Parquet files of `folder`, or None where it holds no train or no test split.
+
+    Raises UserError when a shard is missing: half a data set must not pass for the whole.
+    """
+    train = _shards(folder, "train")
+    test = next((files for name in TEST_NAMES if (files := _shards(folder, name))), ())
+    return Files(train, test) if train and test else None
+
+
+def _shards(folder: Path, name: str) -> tuple[Path, ...]:
+    files = tuple(sorted([*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")]))
+    matches = [match for file in files if (match := _SHARD.search(file.name))]
+    totals = {int(match[2]) for match in matches}
+    if matches and (len(totals) > 1 or {int(match[1]) for match in matches} != set(range(max(totals)))):
+        raise UserError(
+            f"{folder}: {name} has the shards {', '.join(f.name for f in files)}; expected all of one numbering"
+        )
+    return files
+
+
+def columns(path: Path) -> tuple[str, str]:
+    """Names of the image and label columns of a file; UserError where they are not there."""
+    names = _open(path).schema_arrow.names
+    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    label = next((name for name in LABEL_COLUMNS if name in names), None)
+    if image is None or label is None:
+        raise UserError(
+            f"{path}: has the columns {', '.join(names)}; expected one of img, image and one of label, fine_label"
+        )
+    return image, label
+
+
+def _open(path: Path) -> Any:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row, as Python objects."""
+    file = _open(path)
+    try:
+        for batch in file.iter_batches(_ROWS, columns=list(names)):
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error
+
+
+def _bytes(value: Any, path: Path, row: int) -> bytes:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes) or not data:
+        raise UserError(f"{path}, row {row}: holds no image bytes; expected an encoded image in the file itself")
+    return data
+
+
+def blobs(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    """Every encoded image, with "file, row N" (from 0) for messages."""
+    for path in files:
+        for row, (value,) in enumerate(rows(path, columns(path)[:1])):
+            yield f"{path}, row {row}", _bytes(value, path, row)
+
+
+def labels(files: Sequence[Path]) -> npt.NDArray[np.int64]:
+    """The labels of a split, int64 (N,); UserError naming file and row where one is no integer from 0."""
+    out: list[int] = []
+    for path in files:
+        for row, (value,) in enumerate(rows(path, columns(path)[1:])):
+            if not isinstance(value, int) or value < 0:
+                raise UserError(f"{path}, row {row}: label {value!r}, expected an integer from 0")
+            out.append(value)
+    return np.array(out, np.int64)
+
+
+def class_names(path: Path) -> list[str] | None:
+    """The class names in a file's schema metadata, if it has any."""
+    label = columns(path)[1]
+    try:
+        found = json.loads(_open(path).schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return [str(name) for name in found] if isinstance(found, list) else None
+
+
+def source(files: Files, folder: Path) -> Source:
+    """What the data depend on: the files, and the folder, whose mtime moves when a shard is added."""
+    every = (*files.train, *files.test)
+    return Source((folder, *every), note(data[:3] for _, data in blobs(every)))
+
+
+def load_split(files: Sequence[Path], size: int | None) -> Images:
+    """One split: uint8 (N, 3, H, W) and int64 (N,)."""
+    y = labels(files)
+    if len(y) == 0:
+        raise UserError(f"{files[0]}: holds no rows")
+    return Images(torch.from_numpy(stack(blobs(files), len(y), size)), torch.from_numpy(y))
+
+
+class Parquet(Dataset):
+    """`parquet:PATH`. `classes` and `shape` are known after `load`, `mean` and `std` (over all training pixels, 4
+    decimals) after `load("train")`.
+
+    path: a folder, absolute or relative to the data root or the working directory. size: resize every image to
+    size x size (PIL bilinear, whole image). flip: whether a mirrored image keeps its label.
+    """
+
+    name = "parquet"
+
+    def __init__(self, *, path: str, size: Count | None = None, flip: bool = True) -> None:
+        self.path = path
+        self.size = size
+        self.flip_ok = flip
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        return argument(cls.name, text)
+
+    def _files(self, root: Path | None) -> tuple[Files, Path]:
+        folder = locate(self.name, self.path, root)
+        files = split_files(folder)
+        if files is None:
+            raise UserError(
+                f"parquet:{self.path}: {folder} needs train-*.parquet and test-*.parquet (or val-*, validation-*); "
+                f"found {', '.join(sorted(p.name for p in folder.glob('*.parquet'))) or 'no Parquet file'}"
+            )
+        return files, folder
+
+    def find(self, root: Path | None) -> Source:
+        found = source(*self._files(root))
+        return found if self.size is None else found._replace(note=f"{found.note}, resized to {self.size}x{self.size}")
+
+    def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
+        files, _ = self._files(root)
+        names = class_names(files.train[0])
+        highest = max(int(labels(part).max(initial=-1)) for part in files)
+        if names is not None and highest >= len(names):
+            raise UserError(f"{files.train[0]}: names {len(names)} classes, but there is a label {highest}")
+        images = load_split(files.of(split), self.size)
+        self.classes = highest + 1 if names is None else len(names)
+        channels, height, width = images.x.shape[1:]
+        self.shape = (channels, height, width)
+        if split == "train":
+            self.mean, self.std = statistics(images.x.numpy())
+        else:
+            self._same_size(files.train[0], images)
+        return images
+
+    def _same_size(self, train: Path, images: Images) -> None:
+        first = decode(next(blobs([train]))[1], f"{train}, row 0", self.size)
+        if first.shape != tuple(images.x.shape[1:]):
+            raise UserError(
+                f"{self.name}:{self.path}: training images have {first.shape[2]}x{first.shape[1]} pixels, test images "
+                f"{images.x.shape[3]}x{images.x.shape[2]}; give size=N to resize all images to NxN"
+            )

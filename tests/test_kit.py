@@ -1,0 +1,389 @@
+"""kit: augmentation against a literal re-computation, training that resumes to the last bit, predictions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MemorySnapshot, TinyNet, make_context, make_images, weight_bytes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backdoorbench_mcl import kit
+from backdoorbench_mcl.api import Augmentation, Batch, Diverged, Images, Recipe, UserError
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gray(count: int, shape: tuple[int, int, int], low: int = 1) -> Tensor:
+    """Random images without zeros, so that padding can be told from content."""
+    return torch.randint(low, 256, (count, *shape), generator=generator(5), dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def slow_crop(image: Tensor, top: int, left: int, pad: int) -> Tensor:
+    """One image pasted on a black canvas and cut at (top, left), pixel by pixel."""
+    _, height, width = image.shape
+    out = torch.zeros_like(image)
+    for i in range(height):
+        for j in range(width):
+            row, column = i + top - pad, j + left - pad
+            if 0 <= row < height and 0 <= column < width:
+                out[:, i, j] = image[:, row, column]
+    return out
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 9)])
+def test_crop_equals_a_pixelwise_paste_and_cut(shape: tuple[int, int, int]) -> None:
+    x = gray(24, shape)
+    crop = kit.augmentation("crop", flip_ok=True, pad=2)
+    assert crop is not None
+    out = crop(x, generator())
+    top, left = torch.randint(0, 5, (2, 24), generator=generator())
+    want = torch.stack([slow_crop(x[n], int(top[n]), int(left[n]), 2) for n in range(24)])
+    assert out.dtype == torch.uint8
+    assert torch.equal(out, want)
+
+
+def test_crop_places_are_uniform_and_differ_between_images_of_a_batch() -> None:
+    x = torch.zeros(9000, 1, 8, 8, dtype=torch.uint8)
+    x[:, 0, 4, 4] = 255
+    crop = kit.augmentation("crop", flip_ok=True, pad=1)
+    assert crop is not None
+    counts = crop(x, generator()).bool().sum((0, 1))[3:6, 3:6]
+    assert int(counts.sum()) == 9000
+    assert counts.min() > 850
+    assert counts.max() < 1150
+
+
+def test_flip_mirrors_about_half_of_the_images_and_nothing_else() -> None:
+    x = gray(400, (3, 4, 6))
+    flip = kit.augmentation("flip", flip_ok=True)
+    assert flip is not None
+    out = flip(x, generator())
+    mirrored = [torch.equal(out[n], x[n].flip(2)) for n in range(400)]
+    same = [torch.equal(out[n], x[n]) for n in range(400)]
+    assert all(a != b for a, b in zip(mirrored, same, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+def test_no_flip_where_a_mirrored_image_is_another_class() -> None:
+    assert kit.augmentation("flip", flip_ok=False) is None
+    assert kit.augmentation("none", flip_ok=True) is None
+    both, crop = kit.augmentation("crop+flip", flip_ok=False), kit.augmentation("crop", flip_ok=True)
+    assert both is not None
+    assert crop is not None
+    x = gray(32, (3, 8, 8))
+    assert torch.equal(both(x, generator()), crop(x, generator()))
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "crop+flip"])
+def test_augmentation_follows_rng_alone_and_leaves_its_input(name: Augmentation) -> None:
+    augment = kit.augmentation(name, flip_ok=True)
+    assert augment is not None
+    x = gray(32, (3, 8, 8))
+    before = x.clone()
+    world = torch.get_rng_state()
+    first, again, other = augment(x, generator(1)), augment(x, generator(1)), augment(x, generator(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), world)
+
+
+def test_augmentation_names_what_it_expects() -> None:
+    with pytest.raises(UserError, match="'rotate'; expected one of none, crop, flip"):
+        kit.augmentation("rotate", flip_ok=True)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="pad=-1"):
+        kit.augmentation("crop", flip_ok=True, pad=-1)
+
+
+# ---------------------------------------------------------------- training
+
+
+def network(seed: int = 0) -> TinyNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TinyNet().to(memory_format=torch.channels_last).train()
+
+
+def cross_entropy(model: TinyNet) -> Callable[[Batch], Tensor]:
+    return lambda batch: F.cross_entropy(model(batch.x), batch.y)
+
+
+def test_fit_equals_a_loop_written_out(tmp_path: Path) -> None:
+    """Momentum, weight decay, Nesterov and the schedule by their formulas, on every parameter of its own."""
+    images = make_images(50)
+    recipe = Recipe(epochs=3, batch=16, lr=0.05, milestones=(0.5,), weight_decay=1e-3, nesterov=True, augment="flip")
+    model = network()
+    model.drop.p = 0.0
+    slow = copy.deepcopy(model)
+    ctx = make_context(tmp_path, 3, recipe)
+    kit.fit(model, images, ctx, cross_entropy(model))
+
+    rng, flip = generator(3), kit.augmentation("flip", flip_ok=True)
+    assert flip is not None
+    velocity = [torch.zeros_like(p) for p in slow.parameters()]
+    step = 0
+    for _ in range(3):
+        order = torch.randperm(50, generator=rng)
+        for start in range(0, 50, 16):
+            index = order[start : start + 16]
+            x = flip(images.x[index], rng).float() / 255
+            slow.zero_grad()
+            F.cross_entropy(slow(x), images.y[index]).backward()  # type: ignore[no-untyped-call]
+            rate = 0.05 if step < 6 else 0.005
+            with torch.no_grad():
+                for p, v in zip(slow.parameters(), velocity, strict=True):
+                    assert p.grad is not None
+                    gradient = p.grad + 1e-3 * p
+                    v.mul_(0.9).add_(gradient)
+                    p.sub_(rate * (gradient + 0.9 * v))
+            step += 1
+    assert step == 12
+    for (name, got), want in zip(model.state_dict().items(), slow.state_dict().values(), strict=True):
+        assert torch.allclose(got, want, atol=1e-6), name
+
+
+def test_fit_learns_and_reports_each_step(tmp_path: Path) -> None:
+    images = make_images(300, classes=3)
+    model = network()
+    calls: list[tuple[int, int, int]] = []
+    ctx = make_context(tmp_path, 0, Recipe(epochs=8, batch=32, augment="none"), tick=lambda *call: calls.append(call))
+    kit.fit(model, images, ctx, cross_entropy(model))
+    right = (kit.predict(model, images.x) == images.y).float().mean()
+    assert right > 0.9
+    assert [call[:2] for call in calls] == [(step, 80) for step in range(1, 81)]
+    assert sum(call[2] for call in calls) == 8 * 300  # the last, shorter batch is trained on
+
+
+def test_steps_bound_the_training_whatever_the_number_of_images(tmp_path: Path) -> None:
+    done: list[int] = []
+    for count in (40, 1000):
+        done.clear()
+        model = network()
+        ctx = make_context(tmp_path, 0, Recipe(epochs=99, steps=7, batch=16), tick=lambda a, b, c: done.append(a))
+        kit.fit(model, make_images(count), ctx, cross_entropy(model))
+        assert done == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_recipe_given_replaces_that_of_the_context(tmp_path: Path) -> None:
+    done: list[int] = []
+    model = network()
+    ctx = make_context(tmp_path, 0, Recipe(epochs=5), tick=lambda a, b, c: done.append(b))
+    kit.fit(model, make_images(20), ctx, cross_entropy(model), recipe=Recipe(steps=2))
+    assert done == [2, 2]
+
+
+def test_parameters_without_a_gradient_are_untouched(tmp_path: Path) -> None:
+    """A frozen head, and a layer that the loss does not reach: no weight decay, no momentum, no gradient."""
+    model = network()
+    model.fc.requires_grad_(False)
+    model.conv2.weight.grad = torch.ones_like(model.conv2.weight)  # stale, from before
+    head = weight_bytes(model.fc)
+    unreached = model.conv2.weight.detach().clone()
+    kept = model.conv1.weight.detach().clone()
+    recipe = Recipe(steps=5, weight_decay=0.1, augment="none")
+    ctx = make_context(tmp_path, 0, recipe)
+    kit.fit(model, make_images(64), ctx, lambda batch: model.forward_all(batch.x).stages[0].square().mean())
+    assert weight_bytes(model.fc) == head
+    assert torch.equal(model.conv2.weight, unreached)
+    assert model.conv2.weight.grad is None
+    assert not torch.equal(model.conv1.weight, kept)
+
+
+class Killed(Exception):
+    """Stands for the death of the process."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kills"),
+    [
+        (Recipe(epochs=6, batch=16, augment="crop+flip"), [3]),
+        (Recipe(epochs=6, batch=16, augment="crop+flip"), [5]),
+        (Recipe(epochs=6, batch=16, augment="crop+flip", nesterov=True), [13, 18]),
+        (Recipe(steps=23, batch=16, augment="flip"), [9]),
+        (Recipe(steps=23, batch=16, augment="flip"), [6, 22]),
+        (Recipe(epochs=6, batch=16, momentum=0.0, augment="none"), [24]),
+    ],
+    ids=["first-epoch", "second-epoch", "twice", "steps", "steps-twice", "last-step"],
+)
+def test_a_killed_training_resumes_to_the_last_bit(tmp_path: Path, recipe: Recipe, kills: list[int]) -> None:
+    """64 images and batch 16: four steps an epoch. Dropout draws from the global generator, which resumes too."""
+    images = make_images(64)
+
+    def run(snapshot: MemorySnapshot, die_at: int | None) -> tuple[bytes, Tensor, list[int]]:
+        steps: list[int] = []
+
+        def tick(done: int, total: int, count: int) -> None:
+            steps.append(done)
+            if done == die_at:
+                raise Killed
+
+        with torch.random.fork_rng():  # a fresh process: model, generators and context as the harness makes them
+            torch.manual_seed(11)
+            model = network()
+            ctx = make_context(tmp_path, 7, recipe, snapshot=snapshot, tick=tick)
+            try:
+                kit.fit(model, images, ctx, cross_entropy(model))
+            except Killed:
+                return b"", ctx.rng.get_state(), steps
+            return weight_bytes(model) + torch.get_rng_state().numpy().tobytes(), ctx.rng.get_state(), steps
+
+    whole, rng, steps = run(MemorySnapshot(), None)
+    snapshot = MemorySnapshot()
+    for kill in kills:
+        assert run(snapshot, kill)[2][-1] == kill
+    resumed, rng_again, rest = run(snapshot, None)
+    assert resumed == whole
+    assert torch.equal(rng, rng_again)
+    first = (kills[-1] - 1) // 4 * 4 + 1  # the epoch in which it died is repeated, none before
+    assert rest == list(range(first, len(steps) + 1))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    snapshot = MemorySnapshot()
+    done: list[int] = []
+    outcomes = []
+    for _ in range(2):
+        lines: list[str] = []
+        done.clear()
+        ctx = make_context(
+            tmp_path, 0, Recipe(epochs=2), snapshot=snapshot, lines=lines, tick=lambda a, b, c: done.append(a)
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = network()
+            kit.fit(model, make_images(64), ctx, cross_entropy(model))
+        outcomes.append((weight_bytes(model), len(done), lines))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert (outcomes[0][1], outcomes[1][1]) == (2, 0)
+    assert outcomes[1][2] == ["resumed at step 2 of 2"]
+
+
+def test_a_second_training_of_one_job_does_not_take_up_the_first(tmp_path: Path) -> None:
+    """A method may fit twice with one context: the second start differs, so the first snapshot is not its own."""
+    snapshot = MemorySnapshot()
+    done: list[int] = []
+    model = network()
+    ctx = make_context(tmp_path, 0, Recipe(epochs=2), snapshot=snapshot, tick=lambda a, b, c: done.append(a))
+    kit.fit(model, make_images(64), ctx, cross_entropy(model))
+    kit.fit(model, make_images(64), ctx, cross_entropy(model))
+    assert done == [1, 2, 1, 2]
+    assert snapshot.saves == 4
+
+
+@pytest.mark.parametrize("change", ["weights", "order", "global", "recipe", "images"])
+def test_a_snapshot_of_another_start_is_left_alone(tmp_path: Path, change: str) -> None:
+    snapshot = MemorySnapshot()
+    done: list[int] = []
+    for trial in range(2):
+        other = change if trial else ""
+        done.clear()
+        with torch.random.fork_rng():
+            torch.manual_seed(4 if other == "global" else 3)
+            model = network(1 if other == "weights" else 0)
+            recipe = Recipe(epochs=2, lr=0.05 if other == "recipe" else 0.1)
+            seed = 1 if other == "order" else 0
+            ctx = make_context(tmp_path, seed, recipe, snapshot=snapshot, tick=lambda a, b, c: done.append(a))
+            kit.fit(model, make_images(60 if other == "images" else 64), ctx, cross_entropy(model))
+        assert done == [1, 2]
+
+
+@pytest.mark.parametrize("fault", ["loss", "statistics"])
+def test_divergence_is_found_within_its_epoch(tmp_path: Path, fault: str) -> None:
+    model = network()
+    snapshot = MemorySnapshot()
+    done: list[int] = []
+
+    def loss(batch: Batch) -> Tensor:
+        value = F.cross_entropy(model(batch.x), batch.y)
+        return value * float("inf") if fault == "loss" and len(done) == 5 else value
+
+    def tick(step: int, total: int, count: int) -> None:
+        done.append(step)
+        if fault == "statistics" and step == 5:
+            model.get_buffer("bn1.running_var").fill_(float("nan"))  # not read in train mode: the losses stay finite
+
+    ctx = make_context(tmp_path, 0, Recipe(epochs=5, batch=16), snapshot=snapshot, tick=tick)
+    with pytest.raises(Diverged, match=r"by step 8 of 20.*not finite \(lr 0\.1\)"):
+        kit.fit(model, make_images(64), ctx, loss)
+    assert snapshot.saves == 1  # what has diverged is not kept
+
+
+def test_fit_needs_images(tmp_path: Path) -> None:
+    model = network()
+    nothing = Images(torch.empty(0, 3, 32, 32, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(UserError, match="no images were given"):
+        kit.fit(model, nothing, make_context(tmp_path), cross_entropy(model))
+
+
+# ---------------------------------------------------------------- small things
+
+
+def test_choose_is_sorted_unique_and_nested() -> None:
+    small, large = kit.choose(1000, 50, generator(2)), kit.choose(1000, 200, generator(2))
+    assert small.dtype == torch.int64
+    assert len(set(small.tolist())) == 50
+    assert torch.equal(small, small.sort().values)
+    assert set(small.tolist()) < set(large.tolist()) < set(range(1000))
+    assert torch.equal(kit.choose(5, 5, generator()), torch.arange(5))
+    assert kit.choose(5, 0, generator()).shape == (0,)
+    with pytest.raises(UserError, match="6 of 5 images"):
+        kit.choose(5, 6, generator())
+
+
+def test_choose_is_uniform() -> None:
+    rng = generator()
+    counts = torch.zeros(10)
+    for _ in range(3000):
+        counts[kit.choose(10, 3, rng)] += 1
+    assert counts.min() > 800
+    assert counts.max() < 1000
+
+
+def test_predict_is_the_argmax_in_eval_mode_and_gives_the_modes_back() -> None:
+    model = network()
+    model.bn1.eval()
+    with torch.no_grad():
+        model.fc.weight.mul_(50)  # so that the labels differ
+    x = make_images(23).x
+    got = kit.predict(model, x, batch=5)
+    assert model.training
+    assert model.drop.training
+    assert not model.bn1.training
+    assert got.dtype == torch.int64
+    assert got.shape == (23,)
+    assert not got.is_inference()
+    assert len(set(got.tolist())) > 1
+    want = torch.stack([model.eval()(x[n : n + 1].float() / 255)[0].argmax() for n in range(23)])
+    assert torch.equal(got, want)
+    assert kit.predict(model, x[:0]).shape == (0,)
+
+
+def test_predict_gives_the_modes_back_after_a_failure() -> None:
+    model = network()
+    with pytest.raises(RuntimeError):
+        kit.predict(model, gray(4, (5, 32, 32)))
+    assert model.training
+
+
+def test_frozen_is_a_copy_that_cannot_be_trained() -> None:
+    model = network()
+    copied = kit.frozen(model)
+    assert not any(module.training for module in copied.modules())
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    before = weight_bytes(copied)
+    with torch.no_grad():
+        nn.init.zeros_(model.fc.weight)
+        model.get_buffer("bn1.running_mean").fill_(9.0)
+    assert weight_bytes(copied) == before
