@@ -43,7 +43,7 @@ class Grants:
         self.data = data
         self.store = store
         self.clean_rate = clean_rate
-        self.common = {
+        self.common: dict[str, Any] = {
             "device": device,
             "precision": precision,
             "threads": threads,

@@ -297,7 +297,8 @@ def _settle(job: Job) -> str:
         torch.use_deterministic_algorithms(True)
     if spec["isolation"] != "landlock":
         return str(spec["isolation"])
-    plugins = sorted({part["target"].partition(":")[0] for part in spec.values() if isinstance(part, dict) and "target" in part})
+    methods = [part for part in spec.values() if isinstance(part, dict) and "kind" in part]
+    plugins = sorted({part["target"].partition(":")[0] for part in methods})
     read = [*interpreter_paths(plugins), *(Path(path) for path in spec["readable"])]
     snapshot = Path(spec["snapshot"])
     snapshot.mkdir(parents=True, exist_ok=True)

@@ -260,6 +260,10 @@ class Matrix:
 
     def _score(self, cell: Cell) -> Row | None:
         """The finished row, or None while something is still to be computed."""
+        common = self.grants.common
+        cell = dataclasses.replace(cell, row=dataclasses.replace(
+            cell.row, versions=self.versions, threads=common["threads"], isolation=common["isolation"],
+        ))  # fmt: skip
         before = self._score_stage(cell.before)
         if before is None:
             cause = self._cause(cell.before)
@@ -267,7 +271,6 @@ class Matrix:
         gate = evaluate.gate(before["asr"])
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
-            versions=self.versions, threads=int(str(self.grants.common["threads"])),
         )  # fmt: skip
         cell = dataclasses.replace(cell, row=row)
         if cell.after is None:
@@ -307,7 +310,7 @@ class Matrix:
         return self.scores[key]
 
     def _failed(self, cell: Cell, cause: Failure) -> Row:
-        return dataclasses.replace(cell.row, state=cause.state, reason=cause.reason, versions=self.versions)  # type: ignore[arg-type]
+        return dataclasses.replace(cell.row, state=cause.state, reason=cause.reason)  # type: ignore[arg-type]
 
     def _with_stages(self, cell: Cell, measured: Mapping[str, Any]) -> Row:
         own = [self.stages[key] for key in cell.own]
@@ -326,7 +329,8 @@ class Matrix:
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [*own, *shared]),
             isolation=worker.numerics["isolation"], device=worker.numerics["device"],
             threads=worker.numerics["threads"], versions=worker.numerics["versions"],
-            stages={**{s.kind: s.key for s in [*own, *shared]}, "before": cell.before, "predict": judged.key},
+            stages={**{s.kind: s.key for s in own + shared if s.kind != "train"}, "model": cell.victim,
+                    "before": cell.before, "predict": judged.key},
         )  # fmt: skip
 
 

@@ -29,13 +29,18 @@ class Selection:
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
-def split(text: str, separator: str = ",") -> list[str]:
-    """Parts of `text` between top-level separators, stripped. Raises UserError for unbalanced brackets or quotes."""
-    parts, start, stack, quote = [], 0, [], ""
+def split(text: str, *, quotes: bool = False) -> list[str]:
+    """Parts of `text` between top-level commas, stripped. Raises UserError for unbalanced brackets or quotes.
+
+    quotes: whether a quote counts outside brackets too; in a list of selections it is a character of a path.
+    """
+    parts: list[str] = []
+    stack: list[str] = []
+    start, quote = 0, ""
     for position, char in enumerate(text):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"" and stack:  # outside parentheses a quote is an ordinary character of a path
+        elif char in "'\"" and (stack or quotes):
             quote = char
         elif char in _OPEN:
             stack.append(_OPEN[char])
@@ -43,7 +48,7 @@ def split(text: str, separator: str = ",") -> list[str]:
             stack.pop()
         elif char in ")]}":
             raise UserError(f"{text!r}: {char!r} at position {position + 1} closes nothing")
-        elif char == separator and not stack:
+        elif char == "," and not stack:
             parts.append(text[start:position].strip())
             start = position + 1
     if stack or quote:
@@ -65,7 +70,7 @@ def value(text: str) -> Any:
 def assignments(text: str) -> dict[str, Any]:
     """`"a=1, b=x"` -> `{"a": 1, "b": "x"}`; raises UserError for anything that is no assignment, or a name twice."""
     out: dict[str, Any] = {}
-    for part in split(text):
+    for part in split(text, quotes=True):
         name, equals, given = part.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():

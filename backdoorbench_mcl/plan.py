@@ -47,6 +47,7 @@ class Cell:
     """One row to be: its skeleton and the stages that it is scored from. `after` is None for the undefended victim."""
 
     row: Row
+    victim: str
     before: str
     after: str | None
     own: tuple[str, ...]  # stages whose seconds are the cell's alone
@@ -188,7 +189,7 @@ class _Builder:
             own, shared = (repaired,), tuple(needs.values())
         key = cells.key({"row": [before, after], "evaluator": evaluate.EVALUATOR_VERSION})
         row = self.row(attack, defense, seed, defense_seed, key)
-        self.plan.cells.append(Cell(row, before, after, own, shared))
+        self.plan.cells.append(Cell(row, victim, before, after, own, shared))
 
 
 def build(request: Request) -> Plan:

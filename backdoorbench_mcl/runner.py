@@ -128,8 +128,7 @@ def registry() -> Registry:
 def summary(asked: request.Request, using: Resources) -> list[str]:
     """What `all` stood for and every default that decides numbers: printed before a run."""
     return [
-        f"data set {asked.dataset.label} ({asked.data.n_train} + {asked.data.n_test} images, {asked.data.note}), "
-        f"model {asked.model.label}",
+        f"data set {asked.dataset.label} ({asked.data.note}), model {asked.model.label}",
         f"attacks {', '.join(a.label for a in asked.attacks)}; defenses {', '.join(d.label for d in asked.defenses)}",
         f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
         f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"

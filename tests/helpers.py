@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
@@ -29,21 +30,21 @@ C = TypeVar("C", bound=Context, default=Context)
 
 
 class MemorySnapshot:
-    """Keeps copies, and meta as JSON text: nothing that lives on in the training loop reaches a resumed one."""
+    """Keeps bytes and text: nothing that lives on in the training loop reaches a resumed one."""
 
     def __init__(self) -> None:
         self.saves = 0
-        self._kept: tuple[dict[str, Tensor], str] | None = None
+        self._kept: tuple[bytes, str] | None = None
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self._kept is None:
             return None
         tensors, meta = self._kept
-        return {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(meta)
+        return safetensors.torch.load(tensors), json.loads(meta)
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         self.saves += 1
-        self._kept = ({name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(meta))
+        self._kept = (safetensors.torch.save(dict(tensors)), json.dumps(meta))
 
 
 def make_context(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoorbench_mcl import kit
-from backdoorbench_mcl.api import Augmentation, Batch, Diverged, Images, Recipe, UserError
+from backdoorbench_mcl.api import Augmentation, Batch, Classifier, Diverged, Images, Recipe, UserError
+from bbmcl_models.wrn import WRN
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -203,49 +206,73 @@ class Killed(Exception):
     """Stands for the death of the process."""
 
 
+class Life(NamedTuple):
+    """What one process leaves behind."""
+
+    state: bytes  # weights, batch-norm statistics, both generators
+    steps: list[int]
+
+
+def live(
+    tmp_path: Path,
+    build: Callable[[], Classifier],
+    images: Images,
+    recipe: Recipe,
+    snapshot: MemorySnapshot,
+    die_at: int | None,
+) -> Life:
+    """A fresh process: model, generators and context as the harness makes them, killed at step `die_at`."""
+    steps: list[int] = []
+
+    def tick(done: int, total: int, count: int) -> None:
+        steps.append(done)
+        if done == die_at:
+            raise Killed
+
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = build()
+        ctx = make_context(tmp_path, 7, recipe, snapshot=snapshot, tick=tick)
+        with contextlib.suppress(Killed):
+            kit.fit(model, images, ctx, lambda batch: F.cross_entropy(model(batch.x), batch.y))
+        generators = torch.cat([torch.get_rng_state(), ctx.rng.get_state()])
+    return Life(weight_bytes(model) + generators.numpy().tobytes(), steps)
+
+
+def wide_resnet() -> Classifier:
+    """The network and the number format of real victims."""
+    model = WRN(depth=10).build(10, (3, 16, 16)).to(memory_format=torch.channels_last).train()
+    model.precision = "bf16"
+    return model
+
+
 @pytest.mark.parametrize(
-    ("recipe", "kills"),
+    ("build", "recipe", "kills"),
     [
-        (Recipe(epochs=6, batch=16, augment="crop+flip"), [3]),
-        (Recipe(epochs=6, batch=16, augment="crop+flip"), [5]),
-        (Recipe(epochs=6, batch=16, augment="crop+flip", nesterov=True), [13, 18]),
-        (Recipe(steps=23, batch=16, augment="flip"), [9]),
-        (Recipe(steps=23, batch=16, augment="flip"), [6, 22]),
-        (Recipe(epochs=6, batch=16, momentum=0.0, augment="none"), [24]),
+        (network, Recipe(epochs=6, batch=16, augment="crop+flip"), [3]),
+        (network, Recipe(epochs=6, batch=16, augment="crop+flip"), [5]),
+        (network, Recipe(epochs=6, batch=16, augment="crop+flip", nesterov=True), [13, 18]),
+        (network, Recipe(steps=23, batch=16, augment="flip"), [9]),
+        (network, Recipe(steps=23, batch=16, augment="flip"), [6, 22]),
+        (network, Recipe(epochs=6, batch=16, momentum=0.0, augment="none"), [24]),
+        (wide_resnet, Recipe(epochs=3, batch=16, augment="crop+flip"), [6, 11]),
     ],
-    ids=["first-epoch", "second-epoch", "twice", "steps", "steps-twice", "last-step"],
+    ids=["first-epoch", "second-epoch", "twice", "steps", "steps-twice", "last-step", "wrn-bf16"],
 )
-def test_a_killed_training_resumes_to_the_last_bit(tmp_path: Path, recipe: Recipe, kills: list[int]) -> None:
-    """64 images and batch 16: four steps an epoch. Dropout draws from the global generator, which resumes too."""
-    images = make_images(64)
-
-    def run(snapshot: MemorySnapshot, die_at: int | None) -> tuple[bytes, Tensor, list[int]]:
-        steps: list[int] = []
-
-        def tick(done: int, total: int, count: int) -> None:
-            steps.append(done)
-            if done == die_at:
-                raise Killed
-
-        with torch.random.fork_rng():  # a fresh process: model, generators and context as the harness makes them
-            torch.manual_seed(11)
-            model = network()
-            ctx = make_context(tmp_path, 7, recipe, snapshot=snapshot, tick=tick)
-            try:
-                kit.fit(model, images, ctx, cross_entropy(model))
-            except Killed:
-                return b"", ctx.rng.get_state(), steps
-            return weight_bytes(model) + torch.get_rng_state().numpy().tobytes(), ctx.rng.get_state(), steps
-
-    whole, rng, steps = run(MemorySnapshot(), None)
+def test_a_killed_training_resumes_to_the_last_bit(
+    tmp_path: Path, build: Callable[[], Classifier], recipe: Recipe, kills: list[int]
+) -> None:
+    """Four steps an epoch. The tiny network's dropout draws from the global generator, which resumes too."""
+    images = make_images(64, shape=(3, 16, 16))
+    whole = live(tmp_path, build, images, recipe, MemorySnapshot(), None)
     snapshot = MemorySnapshot()
     for kill in kills:
-        assert run(snapshot, kill)[2][-1] == kill
-    resumed, rng_again, rest = run(snapshot, None)
-    assert resumed == whole
-    assert torch.equal(rng, rng_again)
+        dead = live(tmp_path, build, images, recipe, snapshot, kill)
+        assert dead.steps[-1] == kill
+    resumed = live(tmp_path, build, images, recipe, snapshot, None)
+    assert resumed.state == whole.state
     first = (kills[-1] - 1) // 4 * 4 + 1  # the epoch in which it died is repeated, none before
-    assert rest == list(range(first, len(steps) + 1))
+    assert resumed.steps == list(range(first, len(whole.steps) + 1))
 
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_loss_gradient_against_finite_differences(mark: Tensor | None) -> None:
 def test_the_bare_pull_has_the_slope_of_the_full_term_at_the_start() -> None:
     """Seen from the positive alone, where both cosines are equal and tau is 0.5."""
     z, z_neg = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 2.0]])
-    gradients = []
+    gradients: list[Tensor] = []
     for mark in (None, torch.tensor([True])):
         z_pos = z_neg.clone().requires_grad_()
         gradients += torch.autograd.grad(contrastive_loss(z, z_pos, z_neg, 0.5, mark), z_pos)
@@ -219,8 +219,9 @@ def test_knowledge_labels_and_needs() -> None:
     assert MCLDef(inverter="nc-box(lr=0.01)").needs()["trigger"].method == "nc-box(lr=0.01)"
     assert not plain.uses_labels
     assert not MCLDef(clean_anchor=1.0, bn_refresh=True).uses_labels
-    for knob in ({"exclude_target_class": True}, {"exclude_negative_on_target": True}, {"ce": 0.1}):
-        assert MCLDef(**knob).uses_labels  # type: ignore[arg-type]
+    knobs: list[dict[str, Any]] = [{"exclude_target_class": True}, {"exclude_negative_on_target": True}, {"ce": 0.1}]
+    for knob in knobs:
+        assert MCLDef(**knob).uses_labels
 
 
 def test_labels_do_not_matter_unless_a_knob_says_so() -> None:
@@ -305,6 +306,13 @@ def test_bn_refresh_changes_the_running_statistics_alone() -> None:
     plain, fresh = repaired(MCLDef()), repaired(MCLDef(bn_refresh=True))
     changed = {name for name in plain if not torch.equal(plain[name], fresh[name])}
     assert changed == {"bn.running_mean", "bn.running_var", "bn.num_batches_tracked"}
+
+
+def test_bn_refresh_sees_the_target_class_even_where_the_training_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(module, "refresh_batchnorm", lambda model, images: seen.append(len(images)))
+    repaired(MCLDef(exclude_target_class=True, bn_refresh=True))
+    assert seen == [24]
 
 
 def test_refresh_is_the_average_over_equal_parts() -> None:

@@ -111,7 +111,7 @@ class Local:
         self._context = multiprocessing.get_context("forkserver")
         if not inline:
             # the main module as well: otherwise every child would import the command line again
-            self._context.set_forkserver_preload(["__main__", "backdoorbench_mcl.jobs"])
+            self._context.set_forkserver_preload(["__main__", "backdoorbench_mcl.engines.warm"])
 
     def __enter__(self) -> Local:
         return self

@@ -25,7 +25,7 @@ Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 Split = Literal["train", "test"]
 
-SEED = 20220506
+SEED = 20220506  # drawn once, never tuned
 SIZE = 32
 COUNTS: dict[Split, int] = {"train": 5000, "test": 1000}
 CLASSES = ("disc", "ring", "square", "triangle", "cross", "pentagon", "star", "crescent", "bow tie", "frame")
@@ -57,7 +57,7 @@ class _Words:
 
 def _sides(u: Int, v: Int, normals: tuple[tuple[int, int], ...], reach: int) -> Int:
     """How many of the half-planes n.p < reach hold; normals are in units of UNIT."""
-    held = np.zeros(u.shape, dtype=np.int64)
+    held: Int = np.zeros(u.shape, dtype=np.int64)
     for a, b in normals:
         held += (a * u + b * v) < reach * UNIT
     return held
@@ -81,7 +81,8 @@ def _square(u: Int, v: Int) -> Bool:
 
 
 def _triangle(u: Int, v: Int) -> Bool:
-    return _sides(u, v, _TRI, 540) == 3
+    inside: Bool = _sides(u, v, _TRI, 540) == 3
+    return inside
 
 
 def _cross(u: Int, v: Int) -> Bool:
@@ -89,7 +90,8 @@ def _cross(u: Int, v: Int) -> Bool:
 
 
 def _pentagon(u: Int, v: Int) -> Bool:
-    return _sides(u, v, _PENTA, 760) == 5
+    inside: Bool = _sides(u, v, _PENTA, 760) == 5
+    return inside
 
 
 def _star(u: Int, v: Int) -> Bool:
@@ -130,79 +132,108 @@ def _cover(label: int, words: _Words, n: int) -> Int:
     u = (dx * c + dy * s) // (4 * radius)
     v = (dy * c - dx * s) // (4 * radius)
     inside = _INSIDE[label](u, v).reshape(n, SIZE, 2, SIZE, 2)
-    return inside.sum(axis=(2, 4), dtype=np.int64)
+    quarters: Int = inside.sum(axis=(2, 4), dtype=np.int64)
+    return quarters
 
 
 # ---------------------------------------------------------------- what surrounds them
 
 
-def _background(words: _Words, base: Int, n: int) -> Int:
-    """Base colour (n, 3) plus smooth blotches and soft stripes: (n, 3, 32, 32), unclipped."""
-    knots = words.between(-BLOTCH, BLOTCH, n, 3, 5, 5)
+def _scene(words: _Words, base: Int, n: int) -> Int:
+    """Base colours (n, 3) plus smooth blotches and soft stripes: (n, 3, 32, 32), not clipped."""
+    knots = words.between(-16, 16, n, 3, 5, 5)
     at = np.arange(SIZE)
     cell, part = at // 8, at % 8
-    rows = knots[:, :, cell] * (8 - part)[:, None] + knots[:, :, cell + 1] * part[:, None]
+    rows = knots[:, :, cell] * (8 - part)[:, None] + knots[:, :, cell + 1] * part[:, None]  # (n, 3, 32, 5)
     blotch = (rows[..., cell] * (8 - part) + rows[..., cell + 1] * part) // 64  # bilinear
-    slope = words.between(-4, 4, n, 2)
+    slope = words.between(-4, 4, n, 2)[:, :, None, None]
     period = words.between(24, 48, n)[:, None, None]
     phase = words.below(64, n)[:, None, None]
-    wave = (at[:, None] * slope[:, 0, None, None] + at * slope[:, 1, None, None] + phase) % period
-    stripe = 4 * np.minimum(wave, period - wave) - period  # triangular, -period .. period
-    tint = words.between(-STRIPE, STRIPE, n, 3)[:, :, None, None]
-    return base[:, :, None, None] + blotch + stripe[:, None] * tint // 48
+    wave = (at[:, None] * slope[:, 0] + at * slope[:, 1] + phase) % period  # (n, 32, 32)
+    stripe = (4 * np.minimum(wave, period - wave) - period)[:, None]  # a triangular wave, -period .. period
+    tint = words.between(-8, 8, n, 3)[:, :, None, None]
+    scene: Int = base[:, :, None, None] + blotch + stripe * tint // 48
+    return scene
 
 
-def _speck(words: _Words, image: Int, top: Int, left: Int, shown: Bool, reach: int) -> None:
-    """Paint a random bit mask in two random colours, at a random opacity, over (n,) 3x3 squares of `image`."""
+def _lay(words: _Words, image: Int, base: Int, cover: Int) -> Int:
+    """The shape in a colour 40 to 80 levels from the base on each channel, with a gradient, not quite opaque."""
     n = len(image)
-    kind = words.below(4, n, 1, 1, 1)
-    colours = words.between(128 - reach, 127 + reach, n, 3, 2)
-    colours = np.where(kind == 0, 255 * (colours > 127), colours)[:, :, :, None] if False else colours
-    bits = words.below(4, n, 3, 3)  # 0, 1: a colour; 2, 3: what is below
+    fill = base + (2 * words.below(2, n, 3) - 1) * words.between(40, 80, n, 3)
+    slope = words.between(-8, 8, n, 3, 2)[..., None, None]
+    at = np.arange(SIZE) - SIZE // 2
+    ink = fill[:, :, None, None] + (at[:, None] * slope[:, :, 0] + at * slope[:, :, 1]) // 16
+    opacity = words.between(5, 8, n)[:, None, None, None]  # eighths; cover counts quarters
+    laid: Int = image + (ink - image) * cover[:, None] * opacity // 32
+    return laid
+
+
+def _speck(words: _Words, image: Int, top: Int, left: Int, one_in: int) -> None:
+    """One in `one_in` images gets a random bit mask in two colours on the 3x3 square at (top, left), in place.
+
+    A third of the specks have only 0 and 255 in their colours, as patch triggers do.
+    """
+    n = len(image)
+    shown = words.below(one_in, n) == 0
+    colours = words.below(256, n, 3, 2)
+    colours = np.where((words.below(3, n) == 0)[:, None, None], 255 * (colours // 128), colours)
+    bits = words.below(4, n, 3, 3)  # 0, 1: a colour; 2, 3: left open
     ink = np.where(bits[:, None] == 0, colours[:, :, 0, None, None], colours[:, :, 1, None, None])
-    opacity = words.between(2, 8, n)[:, None, None, None]
+    opacity = words.between(2, 8, n)[:, None, None, None]  # eighths
     rows, cols = top[:, None] + np.arange(3), left[:, None] + np.arange(3)
-    where = (np.arange(n)[:, None, None, None], np.arange(3)[None, :, None, None],
-             rows[:, None, :, None], cols[:, None, None, :])
-    below = image[where]
-    paint = (bits[:, None] < 2) & shown[:, None, None, None]
-    image[where] = np.where(paint, below + (ink - below) * opacity // 8, below)
-BASE, BLOTCH, STRIPE, SPECKS, SHARE, LOW, SPAN = 24, 16, 8, 4, 4, 30, 30
-CHROMA = 0
-REACH = 40
-BLUR = 1
+    which, channel = np.arange(n)[:, None, None, None], np.arange(3)[:, None, None]
+    where = (which, channel, rows[:, None, :, None], cols[:, None, None, :])
+    below = image[where]  # (n, 3, 3, 3)
+    painted = (bits < 2) & shown[:, None, None]
+    image[where] = np.where(painted[:, None], below + (ink - below) * opacity // 8, below)
 
 
 def _paint(label: int, words: _Words, n: int) -> npt.NDArray[np.uint8]:
-    base = words.between(128 - BASE, 127 + BASE, n, 3)
-    image = _background(words, base, n)
-    cover = _cover(label, words, n)[:, None]  # (n, 1, 32, 32)
-    fill = base + (2 * words.below(2, n, 3) - 1) * words.between(LOW, LOW + SPAN, n, 3)
-    shade = words.between(-BLOTCH // 2, BLOTCH // 2, n, 3, 2)
-    at = np.arange(SIZE) - 16
-    ink = fill[:, :, None, None] + (at[:, None] * shade[:, :, 0, None, None] + at * shade[:, :, 1, None, None]) // 16
-    strength = words.between(5, 8, n)[:, None, None, None]
-    image = image + (ink - image) * cover * strength // 32
-    for _ in range(SPECKS):
-        _speck(words, image, words.below(30, n), words.below(30, n), words.below(2, n) == 0, REACH)
-    for spot in (CORNER, CENTRE):
-        spread = words.between(-1, 0 if spot is CORNER else 1, n, 2) + spot.start
-        _speck(words, image, spread[:, 0], spread[:, 1], words.below(SHARE, n) == 0, 128 if spot is CORNER else REACH)
-    for _ in range(BLUR):
-        for axis in (2, 3):
-            pad = np.pad(image, [(0, 0), (0, 0)] + [(1, 1) if a == axis else (0, 0) for a in (2, 3)], mode="edge")
-            lo, hi = [slice(None)] * 4, [slice(None)] * 4
-            lo[axis], hi[axis] = slice(0, SIZE), slice(2, SIZE + 2)
-            image = (pad[tuple(lo)] + 2 * image + pad[tuple(hi)] + 2) // 4
-    image += words.between(-NOISE, NOISE, n, 3 if CHROMA == 0 else 1, SIZE, SIZE) + words.between(-CHROMA, CHROMA, n, 3, SIZE, SIZE)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    """`n` images of one class: uint8 (n, 3, 32, 32)."""
+    base = words.between(104, 151, n, 3)
+    image = _lay(words, _scene(words, base, n), base, _cover(label, words, n))
+    for _ in range(4):
+        _speck(words, image, words.below(SIZE - 2, n), words.below(SIZE - 2, n), 2)
+    for start, room in ((CORNER.start, 0), (CENTRE.start, 1)):
+        _speck(words, image, words.between(start - 1, start + room, n), words.between(start - 1, start + room, n), 4)
+    image += words.between(-NOISE, NOISE, n, 3, SIZE, SIZE)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def generate(split: Split) -> tuple[npt.NDArray[np.uint8], Int]:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,), classes in turn: 0, 1, .., 9, 0, .."""
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,), the classes in turn: 0, 1, .., 9, 0, .."""
     total = COUNTS[split]
-    each = total // len(CLASSES)
     x = np.empty((total, 3, SIZE, SIZE), dtype=np.uint8)
     for label in range(len(CLASSES)):
-        x[label :: len(CLASSES)] = _paint(label, _Words(SEED, list(COUNTS).index(split), label), each)
+        words = _Words(SEED, 0 if split == "train" else 1, label)
+        x[label :: len(CLASSES)] = _paint(label, words, total // len(CLASSES))
     return x, np.arange(total, dtype=np.int64) % len(CLASSES)
+
+
+class Shapes(Dataset):
+    """The toy on which the first command runs: 5,000 train and 1,000 test images in ten balanced classes.
+
+    Every class is closed under mirroring, so `flip_ok`. mean, std: per channel over all training pixels, in [0, 1].
+    Source: none; made for this toolkit (issue A), so that it can ship without a licence or a download.
+    """
+
+    name = "shapes"
+    toy: ClassVar[bool] = True
+    budget: ClassVar[Literal["full", "mid", "quick"]] = "quick"
+    classes = len(CLASSES)
+    shape = (3, SIZE, SIZE)
+    mean = (0.4959, 0.4965, 0.4957)
+    std = (0.1003, 0.1011, 0.1012)
+    flip_ok = True
+
+    def find(self, root: Path | None) -> Source:
+        """No files: the generator is the source."""
+        return Source((), "procedural")
+
+    def load(self, split: Split, root: Path | None) -> Images:
+        """All images of `split`, uint8 (N, 3, 32, 32), and labels; the same bytes on every machine."""
+        x, y = generate(split)
+        return Images(torch.from_numpy(x), torch.from_numpy(y))
+
+
+__all__ = ["CENTRE", "CLASSES", "CORNER", "NOISE", "Shapes", "generate"]

@@ -104,11 +104,11 @@ class Search:
             self.stale += 1
 
     def tensors(self, rng: torch.Generator) -> dict[str, Tensor]:
-        """Leaves, Adam's moments and step counts, and the state of `rng`."""
+        """Leaves, Adam's moments and step counts, and the state of `rng`, all on the CPU."""
         out = {"mask": self.mask.detach(), "pattern": self.pattern.detach(), "rng": rng.get_state()}
         for number, state in self.adam.state_dict()["state"].items():
             out.update({f"adam.{number}.{key}": value for key, value in state.items()})
-        return out
+        return {name: value.cpu() for name, value in out.items()}
 
     def meta(self) -> dict[str, Any]:
         """The counters, JSON-ready."""

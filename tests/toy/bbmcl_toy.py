@@ -1,0 +1,23 @@
+"""A third-party plugin for the tests: data and a network that train in a blink, and defenses that misbehave."""
+
+from __future__ import annotations
+
+from backdoorbench_mcl.hooks import Entry, hookimpl
+
+
+@hookimpl
+def bbmcl_datasets() -> list[Entry]:
+    return [Entry("tiny", "bbmcl_toy_methods:Tiny", "four colours, 3x8x8")]
+
+
+@hookimpl
+def bbmcl_models() -> list[Entry]:
+    return [Entry("tiny-net", "bbmcl_toy_methods:TinyNet", "one convolution")]
+
+
+@hookimpl
+def bbmcl_defenses() -> list[Entry]:
+    return [
+        Entry("same", "bbmcl_toy_methods:Same", "returns the victim"),
+        Entry("offender", "bbmcl_toy_methods:Offender", "fails in the way that it is told"),
+    ]

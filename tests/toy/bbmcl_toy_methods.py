@@ -1,0 +1,136 @@
+"""The classes of the toy plugin; imported in children only."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from backdoorbench_mcl.api import (
+    Classifier,
+    Count,
+    Dataset,
+    Defense,
+    DefenseContext,
+    Images,
+    Model,
+    Source,
+)
+
+
+class Tiny(Dataset):
+    """Four noisy colours; the corner and the centre are as noisy as the rest."""
+
+    name = "tiny"
+    classes = 4
+    shape = (3, 8, 8)
+    mean = (0.5, 0.5, 0.5)
+    std = (0.25, 0.25, 0.25)
+    toy = True
+    budget = "quick"
+
+    def __init__(self, *, train: Count = 320, test: Count = 100) -> None:
+        self.sizes = {"train": train, "test": test}
+
+    def find(self, root: Path | None) -> Source:
+        return Source((), "procedural")
+
+    def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
+        rng = torch.Generator().manual_seed(1 if split == "train" else 2)
+        count = self.sizes[split]
+        y = torch.arange(count) % self.classes
+        colours = torch.tensor([[200, 90, 90], [90, 200, 90], [90, 90, 200], [180, 180, 60]])
+        noise = torch.randint(-80, 81, (count, *self.shape), generator=rng)
+        return Images((colours[y][:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), y)
+
+
+class _Net(Classifier):
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1)
+        self.bn = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16, classes)
+
+    def features(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        maps = self.conv2(torch.relu(self.bn(self.conv(x)))).relu()
+        return maps.amax((2, 3)), (maps,)
+
+    def head(self, z: Tensor) -> Tensor:
+        return self.fc(z)
+
+
+class TinyNet(Model):
+    name = "tiny-net"
+
+    def build(self, classes: int, shape: tuple[int, int, int]) -> Classifier:
+        return _Net(classes, shape[0])
+
+
+class Same(Defense):
+    """Uses nothing and does nothing."""
+
+    name = "same"
+
+    @property
+    def uses_labels(self) -> bool:
+        return False
+
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
+        assert bool((ctx.clean.y == -1).all())
+        return model
+
+
+Offence = Literal[
+    "raise", "exit", "hang", "segfault", "kill", "nan", "architecture", "nothing", "grant", "print", "read-trigger",
+    "walk-memory", "full-disk",
+]  # fmt: skip
+
+
+class Offender(Defense):
+    """Misbehaves as told. path: what `read-trigger` tries to read."""
+
+    name = "offender"
+
+    def __init__(self, *, how: Offence = "raise", path: str = "") -> None:
+        self.how = how
+        self.path = path
+
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
+        how = self.how
+        if how == "raise":
+            raise ValueError("first line\nsecond line")
+        if how == "exit":
+            raise SystemExit(3)
+        if how == "hang":
+            time.sleep(600)
+        if how == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "nan":
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        if how == "architecture":
+            return _Net(7, 3)
+        if how == "nothing":
+            return None  # type: ignore[return-value]
+        if how == "grant":
+            print(ctx.granted.trigger)
+        if how == "print":
+            print("noise on standard output", flush=True)
+        if how == "read-trigger":
+            Path(self.path).read_bytes()
+        if how == "walk-memory":
+            found = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.dtype == torch.uint8 and t.ndim == 4]
+            if any(len(t) > len(ctx.clean) for t in found):
+                raise AssertionError("more images in memory than were granted")
+        if how == "full-disk":
+            raise OSError(28, "No space left on device", "scratch")
+        return model
