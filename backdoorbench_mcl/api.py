@@ -121,7 +121,7 @@ class Classifier(nn.Module, ABC):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [0, 1] -> (x - mean) / std, in channels_last order."""
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return (x - self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
     def forward_all(self, x: Tensor) -> Out:
         """Pixels (B, C, H, W) in [0, 1] -> logits, embedding and stages, all float32."""

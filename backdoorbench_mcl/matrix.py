@@ -313,7 +313,8 @@ class Matrix:
         return dataclasses.replace(cell.row, state=cause.state, reason=cause.reason)  # type: ignore[arg-type]
 
     def _with_stages(self, cell: Cell, measured: Mapping[str, Any]) -> Row:
-        own = [self.stages[key] for key in cell.own]
+        # predictions may outlive what they were made from: a damaged stage is forgotten, and not needed for a row
+        own = [stage for key in cell.own if (stage := self._stage(key)) is not None]
         shared = [stage for key in cell.shared if (stage := self._stage(key)) is not None]
         judged = self.stages[cell.after or cell.before]
         seconds = sum(float(stage.cost.get("seconds", 0)) for stage in own)
@@ -322,11 +323,11 @@ class Matrix:
             if stage.kind == "invert":
                 meta = artefacts.read_meta(self._open(stage.key))
                 extra = {"inverter_success": meta["success"], "inverter_l1": meta["l1"]}
-        worker = own[0]
+        worker = own[0] if own else judged
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
             seconds_shared=seconds + sum(float(stage.cost.get("seconds", 0)) for stage in shared),
-            peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [*own, *shared]),
+            peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
             isolation=worker.numerics["isolation"], device=worker.numerics["device"],
             threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in own + shared if s.kind != "train"}, "model": cell.victim,

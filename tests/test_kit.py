@@ -141,7 +141,7 @@ def test_fit_equals_a_loop_written_out(tmp_path: Path) -> None:
             index = order[start : start + 16]
             x = flip(images.x[index], rng).float() / 255
             slow.zero_grad()
-            F.cross_entropy(slow(x), images.y[index]).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(F.cross_entropy(slow(x), images.y[index]))
             rate = 0.05 if step < 6 else 0.005
             with torch.no_grad():
                 for p, v in zip(slow.parameters(), velocity, strict=True):
@@ -332,7 +332,7 @@ def test_divergence_is_found_within_its_epoch(tmp_path: Path, fault: str) -> Non
 
     def loss(batch: Batch) -> Tensor:
         value = F.cross_entropy(model(batch.x), batch.y)
-        return value * float("inf") if fault == "loss" and len(done) == 5 else value
+        return value + float("inf") if fault == "loss" and len(done) == 5 else value
 
     def tick(step: int, total: int, count: int) -> None:
         done.append(step)

@@ -6,6 +6,7 @@ ends itself. `inline` runs the job in this process instead, for debuggers. Free 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -128,7 +129,8 @@ class Local:
         """Run the job in `folder`; `events` will tell of it."""
         if self.inline:
             jobs = importlib.import_module("backdoorbench_mcl.jobs")
-            jobs.run(folder, lambda done, total, images: None, lambda: None)
+            with (folder / LOG).open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                jobs.run(folder, lambda done, total, images: None, lambda: None)
             self._done.append(self._conclude(folder, 0, False))
             return
         receive, send = self._context.Pipe(duplex=False)

@@ -1,0 +1,263 @@
+"""The matrix on real processes and a toy: what is shared, what resumes, what fails alone, what is bit-identical."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import small
+from conftest import Bbmcl
+
+from backdoorbench_mcl import runner
+from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.rows import Row
+from backdoorbench_mcl.runner import Settings
+from backdoorbench_mcl.store import Store
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, toy_env: dict[str, str]) -> tuple[Path, list[Row]]:
+    """A finished 2x2 matrix: its runs folder and its rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        small.install_toy(patch, toy_env["BBMCL_CACHE"])
+        runs = tmp_path_factory.mktemp("finished") / "runs"
+        return runs, runner.run_matrix(small.options(), Settings(runs=runs, workers=2, threads=1), live=False)
+
+
+def artefacts(runs: Path) -> dict[str, str]:
+    return {stage.key: stage.artefact for stage in Store(runs).stages()}
+
+
+def by_label(rows: list[Row]) -> dict[tuple[str, str], Row]:
+    return {(row.attack, row.defense): row for row in rows}
+
+
+def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:
+    runs, rows = finished
+    assert [(r.attack, r.defense) for r in rows] == [
+        (attack, defense) for attack in ("badnets", "blend") for defense in ("before", "ft", "mcldef")
+    ]
+    assert {row.state for row in rows} == {"ok"}
+    for row in rows:
+        assert row.asr is not None
+        assert row.ba is not None
+        assert row.asr_k is not None
+        assert row.asr_n == 75
+        assert row.ba_n == 100
+        assert row.asr == 100 * row.asr_k / 75
+        assert (row.asr_k or 0) + (row.ra_k or 0) <= 75
+        assert row.toy
+    table = by_label(rows)
+    assert (table["badnets", "before"].asr or 0) > 95
+    assert table["badnets", "ft"].asr_before == table["badnets", "before"].asr
+    assert table["badnets", "mcldef"].knows == ("target",)
+    assert table["badnets", "mcldef"].uses_labels is False
+    assert table["badnets", "mcldef"].inverter == "nc-box"
+    assert table["badnets", "mcldef"].inverter_success is not None
+    assert table["badnets", "ft"].clean_n == 64
+    # the inversion is charged to its user on top of the cell's own time
+    assert (table["badnets", "mcldef"].seconds_shared or 0) > (table["badnets", "mcldef"].seconds or 0)
+
+
+def test_stages_are_shared(finished: tuple[Path, list[Row]]) -> None:
+    kinds = [stage.kind for stage in Store(finished[0]).stages()]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"train": 2, "trial": 2, "invert": 2, "defend": 4, "predict": 6}
+
+
+def test_a_finished_matrix_computes_nothing(finished: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, rows = finished
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a job was started")
+
+    monkeypatch.setattr("backdoorbench_mcl.engines.local.Local.start", refuse)
+    again = runner.run_matrix(small.options(), Settings(runs=runs, workers=2, threads=1), live=False)
+    assert again == rows
+    assert runner.stored_rows(runs) != []
+
+
+def test_one_worker_gives_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    runs, rows = finished
+    reverse = small.options(attacks="blend,badnets", defenses="mcldef,ft")
+    alone = runner.run_matrix(reverse, Settings(runs=tmp_path / "runs", workers=1, threads=1), live=False)
+    assert small.essence(alone) == small.essence(rows)
+    assert artefacts(tmp_path / "runs") == artefacts(runs)
+
+
+def test_inline_gives_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: Path, toy_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command("badnets"), "--isolation", "inline"]
+    command += ["--threads-per-job", "1", "--runs", str(tmp_path / "runs"), "--format", "json"]
+    done = subprocess.run(command, env=toy_env, capture_output=True, text=True, timeout=200, check=True)
+    rows = [Row.from_dict(item) for item in json.loads(done.stdout)]
+    assert {row.isolation for row in rows} == {"inline"}
+    expected = artefacts(finished[0])
+    assert all(expected[key] == artefact for key, artefact in artefacts(tmp_path / "runs").items())
+
+
+def test_two_drivers_share_one_store(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command(), "--workers", "2", "--runs", str(runs)]
+    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [driver.communicate(timeout=240) for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    assert outputs[0][0].split("Details")[0].split("Isolation")[0] == outputs[1][0].split("Details")[0].split("Isolation")[0]
+    assert small.essence(runner.stored_rows(runs)) == small.essence(finished[1])
+    assert artefacts(runs) == artefacts(finished[0])
+    trained = [line for _, stderr in outputs for line in stderr.splitlines() if "victim 0: ok" in line]
+    assert len(trained) == 2  # each victim by one driver only
+
+
+def test_a_new_defense_reuses_the_victims(finished: tuple[Path, list[Row]]) -> None:
+    runs, _ = finished
+    before = set(artefacts(runs))
+    rows = runner.run_matrix(small.options(attacks="badnets", defenses="same"), Settings(runs=runs), live=False)
+    fresh = [stage.kind for stage in Store(runs).stages() if stage.key not in before]
+    assert sorted(fresh) == ["defend", "predict"]
+    assert by_label(rows)["badnets", "same"].asr == by_label(rows)["badnets", "before"].asr
+    assert by_label(rows)["badnets", "same"].der == 50
+
+
+def test_a_weak_victim_stops_its_line(tmp_path: Path) -> None:
+    weak = small.options(attacks="badnets(rate=0.001)", defenses="ft,same")
+    rows = runner.run_matrix(weak, Settings(runs=tmp_path / "runs"), live=False)
+    assert [(row.state, row.reason, row.gate) for row in rows] == [
+        ("ok", "", "weak"), ("n/a", "weak attack", "weak"), ("n/a", "weak attack", "weak"),
+    ]  # fmt: skip
+    assert "defend" not in {stage.kind for stage in Store(tmp_path / "runs").stages()}
+    assert runner.exit_status(rows) == 0
+
+
+def test_the_control_has_no_asr_and_no_gate(tmp_path: Path) -> None:
+    control = small.options(attacks="none(target=1)", defenses="same", overrides=("train.steps=60",))
+    rows = runner.run_matrix(control, Settings(runs=tmp_path / "runs"), live=False)
+    assert [row.state for row in rows] == ["ok", "ok"]
+    assert [(row.asr, row.asr_n, row.gate, row.der) for row in rows] == [(None, 0, "", None)] * 2
+    assert rows[0].ftr is not None
+
+
+OFFENCES = {
+    "raise": ("failed", "ValueError: first line"),
+    "exit": ("failed", "SystemExit: 3"),
+    "segfault": ("killed", "SIGSEGV"),
+    "kill": ("killed", "SIGKILL"),
+    "nan": ("diverged", "weights are not finite"),
+    "architecture": ("failed", "changed the architecture"),
+    "nothing": ("failed", "returned NoneType, expected a Classifier"),
+    "grant": ("failed", "did not declare; add 'trigger' to its `knows`"),
+    "full-disk": ("failed", "no space left on the device"),
+    "hang": ("timeout", "--timeout 12 s"),
+}
+
+
+def test_offenders_fail_alone(finished: tuple[Path, list[Row]], bbmcl: Bbmcl) -> None:
+    runs, _ = finished
+    offenders = ",".join(f"offender(how={how})" for how in OFFENCES)
+    done = bbmcl(
+        *small.command("badnets", f"ft,{offenders},offender(how=print),offender(how=walk-memory),mcldef"),
+        "--runs", str(runs), "--timeout", "12", "--format", "json", "--workers", "2",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    rows = by_label([Row.from_dict(item) for item in json.loads(done.stdout)])
+    for how, (state, reason) in OFFENCES.items():
+        row = rows["badnets", f"offender(how={how})"]
+        assert row.state == state, row
+        assert reason in row.reason
+        assert "\n" not in row.reason
+        assert row.asr is None
+    for label in ("ft", "mcldef", "offender(how=print)", "offender(how=walk-memory)"):
+        assert rows["badnets", label].state == "ok", rows["badnets", label].reason
+    assert "noise on standard output" not in done.stdout + done.stderr
+    # to diverge is a result and stays; what failed is tried again unless --no-retry
+    bad = small.command("badnets", "offender(how=nan),offender(how=raise)")
+    again = bbmcl(*bad, "--runs", str(runs), "--no-retry")
+    assert again.returncode == 1
+    assert "offender(how=raise) on badnets 0: failed" not in again.stderr  # not run
+    retried = bbmcl(*bad, "--runs", str(runs))
+    assert "offender(how=raise) on badnets 0: failed" in retried.stderr
+    assert "offender(how=nan) on badnets 0: diverged" not in retried.stderr
+
+
+def test_a_defense_cannot_open_the_stored_trigger(finished: tuple[Path, list[Row]]) -> None:
+    runs, _ = finished
+    secrets = sorted((runs / "artefacts").rglob("attack.safetensors"))
+    assert secrets
+    spy = small.options(attacks="badnets", defenses=f"offender(how=read-trigger, path='{secrets[0]}')")
+    spied = by_label(runner.run_matrix(spy, Settings(runs=runs), live=False))
+    row = next(row for (_, defense), row in spied.items() if defense != "before")
+    if row.isolation != "landlock":
+        pytest.skip("this kernel has no Landlock: nothing keeps a defense from other files")
+    assert row.state == "failed"
+    assert "PermissionError" in row.reason
+
+
+def test_a_damaged_artefact_is_computed_again(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    one = small.options(attacks="badnets", defenses="same")
+    first = runner.run_matrix(one, Settings(runs=runs), live=False)
+    victim = next(stage for stage in Store(runs).stages() if stage.kind == "train")
+    file = Store(runs).artefacts.path(victim.artefact) / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    both = small.options(attacks="badnets", defenses="same,ft")
+    rows = runner.run_matrix(both, Settings(runs=runs), live=False)
+    assert {row.state for row in rows} == {"ok"}
+    assert small.essence(rows[:2]) == small.essence(first)
+    assert Store(runs).open(victim).exists()
+
+
+def test_observers_see_every_row_and_cannot_stop_the_run(finished: tuple[Path, list[Row]], capsys: pytest.CaptureFixture[str]) -> None:
+    from backdoorbench_mcl.engines.local import Local
+    from backdoorbench_mcl.grant import Grants
+    from backdoorbench_mcl.matrix import Matrix
+    from backdoorbench_mcl.progress import Progress
+
+    runs, rows = finished
+    store = Store(runs)
+    with store._transaction() as db:
+        db.execute("DELETE FROM row")
+    asked = small.resolve(small.options())
+    seen: list[Row] = []
+
+    def good(row: Row) -> None:
+        seen.append(row)
+
+    def bad(row: Row) -> None:
+        raise RuntimeError("oops")
+
+    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision=asked.precision, threads=1, isolation="process")
+    from backdoorbench_mcl import plan
+
+    graph = plan.build(asked)
+    with Progress(len(graph.cells), live=False) as display:
+        again = Matrix(graph, store, grants, Local(2), display, observers=[("a/bad", bad), ("a/good", good)]).run()
+    assert [row.key for row in seen] == [row.key for row in again] == [row.key for row in rows]
+    assert "plugin a/bad: bbmcl_cell_finished raised RuntimeError: oops" in capsys.readouterr().err
+
+
+def test_a_store_that_fills_up_stops_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = threading.Event()
+    original = Store.commit
+
+    def commit(self: Store, *arguments: object) -> object:
+        if stored.is_set():
+            raise UserError(self._unwritable(OSError(28, "No space left on device")))
+        stored.set()
+        return original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "commit", commit)
+    one = small.options(attacks="badnets", defenses="same")
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        runner.run_matrix(one, Settings(runs=tmp_path / "runs"), live=False)
+    monkeypatch.undo()
+    assert len(Store(tmp_path / "runs").stages()) == 1  # what was finished is kept
