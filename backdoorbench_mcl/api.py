@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     x: Tensor
     y: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field's term; tuple.index is of no use here
 
 
 class Images:
@@ -157,7 +157,7 @@ class Model(Method):
 
 
 class Source(NamedTuple):
-    """Where a data set was found. files: everything that its bytes depend on; note: "lossless", "JPEG", "procedural"."""
+    """Where a data set was found. files: all that its bytes depend on; note: "lossless", "JPEG", "procedural"."""
 
     files: tuple[Path, ...]
     note: str
@@ -215,7 +215,9 @@ class Recipe(Method):
         self.milestones = milestones
         self.factors = gamma if isinstance(gamma, tuple) else (gamma,) * len(milestones)
         if len(self.factors) != len(milestones):
-            raise UserError(f"recipe: {len(self.factors)} gammas for {len(milestones)} milestones; give one for each, or one number")
+            raise UserError(
+                f"recipe: {len(self.factors)} gammas for {len(milestones)} milestones; give one for each, or one number"
+            )
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.nesterov = nesterov
@@ -316,7 +318,7 @@ class State:
 class Poisoned(NamedTuple):
     """An overlay on the training set. index: int64 (P,); x: uint8 (P, C, H, W) in its place; y: int64 (P,)."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field's term; tuple.index is of no use here
     x: Tensor
     y: Tensor
 

@@ -30,7 +30,7 @@ _LARGEST = 16 << 30
 
 
 def export(store: Store, file: Path) -> tuple[int, int]:
-    """Write every stage and row of `store` to `file`; returns their numbers. Raises UserError if it cannot be written."""
+    """Write every stage and row of `store` to `file`; returns their numbers. Raises UserError if that fails."""
     stages, rows = store.stages(), store.rows()
     index = {"format": FORMAT, "stages": [asdict(s) for s in stages], "rows": [r.as_dict() for r in rows]}
     scratch = file.with_name(file.name + ".part")

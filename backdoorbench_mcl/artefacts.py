@@ -45,7 +45,12 @@ def tensors(file: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
                     start, end = entry["data_offsets"]
                     if not 0 <= start <= end <= len(body):
                         raise Damaged(f"{file.name}: tensor {name!r} lies outside the file")
-                    yield name, str(entry["dtype"]), [int(n) for n in entry["shape"]], hashlib.sha256(body[start:end]).digest()
+                    yield (
+                        name,
+                        str(entry["dtype"]),
+                        [int(n) for n in entry["shape"]],
+                        hashlib.sha256(body[start:end]).digest(),
+                    )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file.name}: {error}") from error
 
@@ -93,7 +98,7 @@ class Artefacts:
         return folder
 
     def add(self, source: Path) -> str:
-        """Copy the safetensors files and `meta.json` of `source` in; returns the name. An OSError leaves nothing behind."""
+        """Copy the safetensors files and `meta.json` of `source` in; returns the name. An OSError leaves no trace."""
         name = identify(source)
         final = self.path(name)
         if final.exists():

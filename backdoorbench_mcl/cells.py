@@ -46,7 +46,9 @@ def clean_index(total: int, rate: float, split_seed: int) -> NDArray[np.int64]:
     """
     count = math.floor(rate * total + 1e-9)  # 0.05 * 60 must give 3 although the product is 2.9999...
     if count < 1:
-        raise UserError(f"a clean rate of {rate} leaves no image of {total}; raise --clean-rate to at least {1 / total:.2g}")
+        raise UserError(
+            f"a clean rate of {rate} leaves no image of {total}; raise --clean-rate to at least {1 / total:.2g}"
+        )
     return np.random.Generator(np.random.PCG64(split_seed)).permutation(total)[:count].astype(np.int64)
 
 

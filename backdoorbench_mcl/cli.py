@@ -26,7 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Data sets: list them, check the prepared copies.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Data sets: list them, check the prepared copies.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 
 Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
@@ -68,19 +70,27 @@ def matrix(
     defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
     clean_rate: Annotated[float, typer.Option(help="Share of the training set given to the defenses.")] = 0.05,
     preset: Annotated[str, typer.Option(help="What is done: paper, authors or clean.")] = "paper",
-    budget: Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
-    threads_per_job: Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")] = None,
+    threads_per_job: Annotated[
+        int | None, typer.Option(help="Default: 1 with several workers, else all cores.")
+    ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that one job may take.")] = None,
     isolation: Annotated[str, typer.Option(help="auto, landlock, process or inline.")] = "auto",
     retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
     fmt: Format = "table",
-    config: Annotated[Path | None, typer.Option(is_eager=True, callback=_config, metavar="FILE.toml", help="Options from a file.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(is_eager=True, callback=_config, metavar="FILE.toml", help="Options from a file.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
 ) -> None:
     """Train backdoored models, repair them, print the grid. The same line again goes on where it stopped."""
@@ -117,7 +127,10 @@ def report(
     from .request import BEFORE
 
     def wanted(row: Row) -> bool:
-        one = all(given in (None, value) for given, value in ((dataset, row.dataset), (preset, row.preset), (budget, row.budget)))
+        one = all(
+            given in (None, value)
+            for given, value in ((dataset, row.dataset), (preset, row.preset), (budget, row.budget))
+        )
         attack = attacks is None or row.attack in params.split(attacks)
         defense = defenses is None or row.defense in (BEFORE, *params.split(defenses))
         return one and attack and defense
@@ -182,7 +195,9 @@ def export(file: Annotated[Path, typer.Argument(help="The archive to write.")], 
 
 
 @app.command(name="import")
-def import_(file: Annotated[Path, typer.Argument(help="An archive of bbmcl export.")], runs: Runs = DEFAULT_RUNS) -> None:
+def import_(
+    file: Annotated[Path, typer.Argument(help="An archive of bbmcl export.")], runs: Runs = DEFAULT_RUNS
+) -> None:
     """Add the results of an archive to a runs folder."""
     from . import archive
     from .store import Store
@@ -196,16 +211,22 @@ def import_(file: Annotated[Path, typer.Argument(help="An archive of bbmcl expor
 @data_app.command(name="list")
 def data_list() -> None:
     """The data sets that plugins offer and the copies that are prepared."""
-    from . import datacache, plugins as door, registry
+    from . import datacache, registry
+    from . import plugins as door
 
     for offer in door.load().of("dataset"):
         print(f"{offer.entry.name:12} {offer.entry.summary}")
     for info in datacache.entries(registry.cache_folder()):
-        print(f"prepared: {info.n_train} + {info.n_test} images of {info.shape}, {info.classes} classes, {info.note}, {info.hash[:12]}")
+        print(
+            f"prepared: {info.classes} classes, {info.shape[0]}x{info.shape[1]}x{info.shape[2]}, {info.note}, "
+            f"hash {info.hash[:12]}"
+        )
 
 
 @data_app.command(name="check")
-def data_check(dataset: Annotated[str, typer.Argument(help="A data set, as for --dataset.")], data_root: DataRoot = None) -> None:
+def data_check(
+    dataset: Annotated[str, typer.Argument(help="A data set, as for --dataset.")], data_root: DataRoot = None
+) -> None:
     """Prepare a data set if need be, verify the prepared copy byte by byte, and print what it holds."""
     from . import runner
 
@@ -220,7 +241,11 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 

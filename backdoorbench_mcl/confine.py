@@ -215,6 +215,8 @@ def watch(allowed: Sequence[Path]) -> list[str]:
     def note(event: str, arguments: tuple[object, ...]) -> None:
         if event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(arguments[0]))
+            if f"{os.sep}__pycache__{os.sep}" in path:  # the interpreter's own doing
+                return
             if path not in seen and not any(path == root or path.startswith(root + os.sep) for root in roots):
                 seen.append(path)
 

@@ -36,7 +36,9 @@ def load_class(target: str, kind: str) -> type[Method]:
         raise PluginError(f"cannot import {target}: {type(error).__name__}: {error}") from error
     base = BASES[kind]
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(f"{target} is no {base.__name__}; derive the class from backdoorbench_mcl.api.{base.__name__}")
+        raise PluginError(
+            f"{target} is no {base.__name__}; derive the class from backdoorbench_mcl.api.{base.__name__}"
+        )
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"{target} lacks {', '.join(missing)}()")

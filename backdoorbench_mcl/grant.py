@@ -63,7 +63,9 @@ class Grants:
             "snapshot": str(self.store.snapshots(node.key).absolute()),
             "readable": [],
             "seeds": {r: cells.seed(r, self.data.hash, node.victim_seed, node.defense_seed) for r in ROLES},
-            "data": {k: v for k, v in self.data.as_dict().items() if k in ("classes", "shape", "mean", "std", "flip_ok")},
+            "data": {
+                k: v for k, v in self.data.as_dict().items() if k in ("classes", "shape", "mean", "std", "flip_ok")
+            },
             **{name: method.spec for name, method in node.methods.items()},
         }
         getattr(self, f"_{node.kind}")(node, inputs, folder / "in", spec)
@@ -112,7 +114,9 @@ class Grants:
         clean, _ = datacache.open_split(self.data, "test")
         triggered = load_file(inputs["trial"] / "trial.safetensors")["x"]
         order = self.shuffle(node)
-        shuffled = np.lib.format.open_memmap(into / "x.npy", mode="w+", dtype=np.uint8, shape=(2 * len(clean), *clean.shape[1:]))
+        shuffled = np.lib.format.open_memmap(
+            into / "x.npy", mode="w+", dtype=np.uint8, shape=(2 * len(clean), *clean.shape[1:])
+        )
         inverse = np.argsort(order)
         shuffled[inverse[: len(clean)]] = clean
         shuffled[inverse[len(clean) :]] = triggered
@@ -124,7 +128,7 @@ class Grants:
         return np.random.Generator(np.random.PCG64(seed)).permutation(2 * self.data.n_test).astype(np.int64)
 
     def judge(self, node: Node, trial: Path, out: Path) -> None:
-        """Turn the labels of a predict job into stored predictions, in test order, beside what they are held against."""
+        """Turn the labels of a predict job into stored predictions, in test order, beside what judges them."""
         labels = load_file(out / "labels.safetensors")["labels"]
         count = self.data.n_test
         plain = np.empty(2 * count, np.int64)

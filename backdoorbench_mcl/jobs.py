@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import api, datacache, kit
-from .confine import confine, interpreter_paths
+from .confine import confine, interpreter_paths, watch
 from .describe import construct
-from .errors import BbmclError, Diverged, PluginError, UserError
+from .errors import BbmclError, Diverged, PluginError
 from .snapshots import FolderSnapshot
 
 Tick = Callable[[int, int, int], None]
@@ -62,7 +62,7 @@ class Job:
         model = cast(api.Model, self.method("model")).build(data["classes"], tuple(data["shape"]))
         model.set_normalisation(tuple(data["mean"]), tuple(data["std"]))
         model.precision = self.spec["precision"]
-        return model.to(self.device).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload, no-any-return]
+        return model.to(self.device).to(memory_format=torch.channels_last).eval()
 
     def victim(self) -> api.Classifier:
         """The network with the weights of `in/weights.safetensors`."""
@@ -153,8 +153,10 @@ def _check_overlay(attack: api.Attack, poisoned: api.Poisoned, clean: api.Images
     count = len(index)
     fits = x.dtype == torch.uint8 and x.shape == (count, *clean.x.shape[1:]) and y.shape == (count,)
     if not fits or index.dtype != torch.int64 or y.dtype != torch.int64 or len(index.unique()) != count:
-        raise PluginError(f"{attack.name}: poison() must return distinct int64 indices, uint8 images and int64 labels for them")
-    if count and not (0 <= int(index.min()) and int(index.max()) < len(clean)):
+        raise PluginError(
+            f"{attack.name}: poison() must return distinct int64 indices, uint8 images and int64 labels for them"
+        )
+    if count and not (int(index.min()) >= 0 and int(index.max()) < len(clean)):
         raise PluginError(f"{attack.name}: poison() returned indices outside the {len(clean)} training images")
 
 
@@ -171,7 +173,9 @@ def trial(job: Job) -> None:
     x, y = job.split("test")
     stamped = attack.stamp(x.clone(), y.clone(), _attack_state(job), job.rng("stamp"))
     if stamped.dtype != torch.uint8 or stamped.shape != x.shape:
-        raise PluginError(f"{attack.name}: stamp() returned {stamped.dtype} {tuple(stamped.shape)}, expected uint8 {tuple(x.shape)}")
+        raise PluginError(
+            f"{attack.name}: stamp() returned {stamped.dtype} {tuple(stamped.shape)}, expected uint8 {tuple(x.shape)}"
+        )
     goal, counted = attack.goal(y)
     job.save("trial", {"x": stamped, "goal": goal.to(torch.int64), "counted": counted.to(torch.uint8)})
     job.save_meta({"counted": int(counted.sum())})
@@ -247,7 +251,9 @@ def defend(job: Job) -> None:
         raise PluginError(f"{defense.name}: defend() returned {type(repaired).__name__}, expected a Classifier")
     weights = _weights(repaired)
     if {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} != expected:
-        raise PluginError(f"{defense.name}: defend() changed the architecture; it must return the victim's keys, shapes and types")
+        raise PluginError(
+            f"{defense.name}: defend() changed the architecture; it must return the victim's keys, shapes and types"
+        )
     _require_finite(weights)
     job.save("weights", weights)
     job.save_meta({"clean": len(context.clean)})
@@ -283,26 +289,34 @@ BODIES: Mapping[str, Callable[[Job], None]] = {
 # ---------------------------------------------------------------- running one
 
 
-def _settle(job: Job) -> str:
-    """Seeds, threads, determinism and confinement of this process; returns the isolation that was reached."""
+def _settle(job: Job) -> tuple[str, list[str]]:
+    """Seeds, threads, determinism and confinement of this process.
+
+    Returns the isolation that was reached, and for "process" the list, growing from now on, of files that Python
+    code opens although they were not granted: what cannot be prevented at least marks the row.
+    """
     spec = job.spec
     random.seed(spec["seeds"]["init"])
     np.random.seed(spec["seeds"]["init"] % 2**32)
     torch.manual_seed(spec["seeds"]["init"])
     torch.set_num_threads(spec["threads"])
     if job.device.type == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses to be deterministic
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True)
-    if spec["isolation"] != "landlock":
-        return str(spec["isolation"])
+    if spec["isolation"] == "inline" or spec["job"] == "data":
+        return str(spec["isolation"]), []
     methods = [part for part in spec.values() if isinstance(part, dict) and "kind" in part]
     plugins = sorted({part["target"].partition(":")[0] for part in methods})
     read = [*interpreter_paths(plugins), *(Path(path) for path in spec["readable"])]
     snapshot = Path(spec["snapshot"])
     snapshot.mkdir(parents=True, exist_ok=True)
-    return confine(read, [job.folder, snapshot])
+    write = [job.folder, snapshot]
+    if spec["isolation"] == "landlock" and confine(read, write) == "landlock":
+        return "landlock", []
+    return "process", watch([*read, *write])
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
@@ -312,7 +326,10 @@ def _reason(error: BaseException) -> tuple[str, str]:
     if isinstance(error, BbmclError):
         return "failed", str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "failed", f"no space left on the device ({error.filename or 'work folder'}); make room or set TMPDIR, then run again"
+        return (
+            "failed",
+            f"no space left on the device ({error.filename or 'work folder'}); make room or set TMPDIR, then run again",
+        )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "failed", "out of memory; use fewer --workers or a smaller batch (--set train.batch=...)"
     first = str(error).strip().splitlines()
@@ -327,20 +344,21 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     started = time.perf_counter()
     spec = json.loads((folder / "spec.json").read_text())
     job = Job(folder, spec, tick)
-    result: dict[str, Any] = {"state": "ok", "reason": "", "isolation": spec["isolation"], "user_error": False}
+    result: dict[str, Any] = {"state": "ok", "reason": "", "isolation": spec["isolation"]}
+    strays: list[str] = []
     try:
         (folder / "out").mkdir(exist_ok=True)
-        result["isolation"] = _settle(job)
+        result["isolation"], strays = _settle(job)
         settled()
         BODIES[spec["job"]](job)
     except (Exception, SystemExit) as error:  # a method may raise anything; its cell fails, nothing else does
         traceback.print_exc()
         result["state"], result["reason"] = _reason(error)
-        result["user_error"] = isinstance(error, UserError)
     result["seconds"] = time.perf_counter() - started
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if job.device.type == "cuda" and torch.cuda.is_initialized():
         result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    result["strays"] = strays[:20]
     scratch = folder / "result.json.part"
     scratch.write_text(json.dumps(result))
     os.replace(scratch, folder / "result.json")

@@ -109,9 +109,8 @@ class Matrix:
             if key in ready or self._stage(key) is not None or key in self.failures:
                 return
             node = self.plan.nodes[key]
-            if node.gated_by is not None:
-                if self._stage(node.gated_by) is None:
-                    return visit(node.gated_by)
+            if node.gated_by is not None and self._stage(node.gated_by) is None:
+                return visit(node.gated_by)
             missing = [k for k in node.inputs.values() if self._stage(k) is None]
             for k in missing:
                 visit(k)
@@ -223,6 +222,7 @@ class Matrix:
             "precision": common["precision"],
             "threads": common["threads"],
             "isolation": result.get("isolation", common["isolation"]),
+            "strays": result.get("strays", []),
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
         }
@@ -328,8 +328,8 @@ class Matrix:
             cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
             seconds_shared=seconds + sum(float(stage.cost.get("seconds", 0)) for stage in shared),
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
-            isolation=worker.numerics["isolation"], device=worker.numerics["device"],
-            threads=worker.numerics["threads"], versions=worker.numerics["versions"],
+            isolation=worker.numerics["isolation"], strays=tuple(worker.numerics.get("strays", ())),
+            device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in own + shared if s.kind != "train"}, "model": cell.victim,
                     "before": cell.before, "predict": judged.key},
         )  # fmt: skip

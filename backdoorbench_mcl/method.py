@@ -27,7 +27,9 @@ Knowledge = Literal["target", "location", "trigger", "suspect"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False, protected_namespaces=()
+    )
 
 
 @functools.cache
@@ -46,7 +48,9 @@ def schema(cls: type[Method]) -> type[BaseModel]:
     columns: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            raise PluginError(f"{_where(cls)}: parameter {name!r} must be keyword-only: def __init__(self, *, {name}: ...)")
+            raise PluginError(
+                f"{_where(cls)}: parameter {name!r} must be keyword-only: def __init__(self, *, {name}: ...)"
+            )
         if name not in hints:
             raise PluginError(f"{_where(cls)}: parameter {name!r} needs a type annotation, its bounds included")
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
@@ -124,7 +128,7 @@ class Method(ABC):
 
     @classmethod
     def parse(cls, text: str) -> dict[str, Any]:
-        """Constructor parameters for what follows a family's name: `"-16-1"` of `wrn-16-1`, `":PATH"` of `parquet:PATH`.
+        """Constructor parameters behind a family's suffix: `"-16-1"` of `wrn-16-1`, `":PATH"` of `parquet:PATH`.
 
         Raises UserError by default: a method that is no family takes no suffix.
         """

@@ -15,7 +15,9 @@ from typing import Any
 from .errors import UserError
 
 _WORDS: Mapping[str, Any] = {"true": True, "false": False, "none": None, "null": None}
-_NAME = re.compile(r"(?P<full>(?:[A-Za-z0-9_.\-]+/)?[a-z][a-z0-9]*(?:[-+.][a-z][a-z0-9]*)*\+?)(?P<suffix>(?:-\d+)*(?::.*)?)", re.S)
+_NAME = re.compile(
+    r"(?P<full>(?:[A-Za-z0-9_.\-]+/)?[a-z][a-z0-9]*(?:[-+.][a-z][a-z0-9]*)*\+?)(?P<suffix>(?:-\d+)*(?::.*)?)", re.S
+)
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 
 

@@ -127,7 +127,9 @@ class _Builder:
             defense_seed=defense_seed, target=attack.attack_target, gated_by=gate,
         )  # fmt: skip
 
-    def defend(self, defense: Described, attack: Described, victim: str, seed: int, defense_seed: int, gate: str) -> str:
+    def defend(
+        self, defense: Described, attack: Described, victim: str, seed: int, defense_seed: int, gate: str
+    ) -> str:
         request = self.request
         needs = {
             name: self.invert(need["method"], attack, victim, seed, defense_seed, gate)

@@ -71,7 +71,13 @@ class Described:
     @property
     def spec(self) -> dict[str, Any]:
         """What a job needs to construct the object again."""
-        return {"kind": self.kind, "target": self.target, "suffix": "", "params": dict(self.params), "name": self.full_name}
+        return {
+            "kind": self.kind,
+            "target": self.target,
+            "suffix": "",
+            "params": dict(self.params),
+            "name": self.full_name,
+        }
 
 
 class Registry:
@@ -127,7 +133,13 @@ class Registry:
         offer = None if want.kind == "recipe" else self.find(want.kind, want.selection.name)
         target = RECIPE if offer is None else offer.entry.target
         params = {**want.params, **want.selection.params}
-        request = {"ask": "describe", "kind": want.kind, "target": target, "suffix": want.selection.suffix, "params": params}
+        request = {
+            "ask": "describe",
+            "kind": want.kind,
+            "target": target,
+            "suffix": want.selection.suffix,
+            "params": params,
+        }
         return {**request, "dist": _dist(offer)}, offer
 
     def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -180,7 +192,11 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         params=ok["params"],
         version=ok["version"],
         repr=ok["repr"],
-        identity={"name": f"{DIST}/recipe" if offer is None else offer.full_name, "version": ok["version"], "params": ok["identity"]},
+        identity={
+            "name": f"{DIST}/recipe" if offer is None else offer.full_name,
+            "version": ok["version"],
+            "params": ok["identity"],
+        },
         knows=tuple(defense.get("knows", ())),
         uses_labels=defense.get("uses_labels"),
         needs=defense.get("needs", {}),

@@ -87,7 +87,9 @@ def resolve_device(text: str) -> str:
     if text == "auto":
         return "cuda" if count else "cpu"
     if int(text[5:] or 0) >= count:
-        raise UserError(f"--device {text}: torch sees {count} CUDA device{'' if count == 1 else 's'} here; use --device cpu")
+        raise UserError(
+            f"--device {text}: torch sees {count} CUDA device{'' if count == 1 else 's'} here; use --device cpu"
+        )
     return text
 
 
@@ -100,7 +102,7 @@ def resolve_precision(text: str, device: str) -> Precision:
 
 
 def _expand(registry: Registry, kind: Kind, text: str) -> list[Selection]:
-    """The selections of a list; `all` stands for every method that is no control and knows neither trigger nor place."""
+    """The selections of a list; `all`: every method that is no control and knows neither trigger nor location."""
     out: list[Selection] = []
     for part in params.split(text):
         if part == "all":

@@ -71,6 +71,7 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
+    strays: tuple[str, ...] = ()  # without Landlock: files that the method opened although they were not granted
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False
@@ -82,7 +83,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready dict with every field, in the order of declaration."""
         out = asdict(self)
-        out["knows"] = list(self.knows)
+        out["knows"], out["strays"] = list(self.knows), list(self.strays)
         return out
 
     @classmethod
@@ -90,5 +91,6 @@ class Row:
         """The row behind `as_dict`; fields of a newer version are dropped, absent ones take their default."""
         known = {f.name for f in fields(cls)}
         given = {k: v for k, v in data.items() if k in known}
-        given["knows"] = tuple(given.get("knows") or ())
+        for name in ("knows", "strays"):
+            given[name] = tuple(given.get(name) or ())
         return cls(**given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -111,7 +110,9 @@ def check_data(text: str, root: Path | None) -> list[str]:
     info = prepare_data(known, cache_folder())(dataset, root, cells.key({"dataset": dataset.identity}))
     problems = datacache.check(info)
     if problems:
-        raise UserError(f"the prepared copy of {text} is damaged: {'; '.join(problems)}; remove {info.folder} and run again")
+        raise UserError(
+            f"the prepared copy of {text} is damaged: {'; '.join(problems)}; remove {info.folder} and run again"
+        )
     return [
         f"{text}: {info.n_train} train + {info.n_test} test images, {info.shape}, {info.classes} classes, {info.note}",
         f"train images per class: {', '.join(map(str, info.class_counts_train))}",
@@ -137,7 +138,7 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
 
 
 def dry_run(options: Options, settings: Settings) -> list[str]:
-    """What a run would do, in lines: cells, stages that are missing and stored ones. Computes nothing but the data cache."""
+    """What a run would do, in lines: cells, missing and stored stages. Computes nothing but the data cache."""
     known = registry()
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))
     using = resources(settings, asked.device)
@@ -188,7 +189,9 @@ def run_matrix(
 def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
     """The rows of a runs folder that `keep` admits. Raises UserError where there is no such folder."""
     if not (runs / "store.sqlite").exists():
-        raise UserError(f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix")
+        raise UserError(
+            f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
+        )
     store = Store(runs)
     try:
         return [row for row in store.rows() if keep(row)]
@@ -201,12 +204,7 @@ def exit_status(rows: Sequence[Row]) -> int:
     return int(any(row.state in ("failed", "killed", "timeout", "diverged") for row in rows))
 
 
-def data_root(given: Path | None) -> Path | None:
-    """`--data-root`, else `BBMCL_DATA`, else None."""
-    return given or (Path(os.environ["BBMCL_DATA"]) if os.environ.get("BBMCL_DATA") else None)
-
-
 __all__ = [
-    "Resources", "Settings", "check_data", "data_root", "dry_run", "exit_status", "prepare_data", "registry", "resources",
+    "Resources", "Settings", "check_data", "dry_run", "exit_status", "prepare_data", "registry", "resources",
     "run_matrix", "stored_rows", "summary",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ class FolderSnapshot:
         try:
             with safe_open(file, framework="pt") as found:
                 meta = json.loads((found.metadata() or {})["meta"])
-                return {name: found.get_tensor(name) for name in found.keys()}, meta  # noqa: SIM118: not a dict
+                return {name: found.get_tensor(name) for name in found.keys()}, meta  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
@@ -40,7 +40,9 @@ class FolderSnapshot:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"{_FILE}.{os.getpid()}"
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"meta": json.dumps(dict(meta))})
+        content = save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, {"meta": json.dumps(dict(meta))}
+        )
         with scratch.open("wb") as handle:
             handle.write(content)
             handle.flush()

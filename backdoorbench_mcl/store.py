@@ -79,7 +79,9 @@ class Store:
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self.artefacts.sweep()
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"the runs folder {folder} cannot be used: {_cause(error)}; name another one with --runs") from error
+            raise UserError(
+                f"the runs folder {folder} cannot be used: {_cause(error)}; name another one with --runs"
+            ) from error
 
     def close(self) -> None:
         """Close the database; further calls fail."""

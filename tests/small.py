@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from backdoorbench_mcl import plan, request, runner
+from backdoorbench_mcl.registry import cache_folder
 from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row
 
 TOY = Path(__file__).parent / "toy"
 SETTINGS = {
-    "badnets": ("target=1", "rate=0.2"), "blend": ("target=1", "rate=0.2", "alpha=0.9"), "mcldef": ("inverter=nc-box(steps=20)",),
+    "badnets": ("target=1", "rate=0.2"), "blend": ("target=1", "rate=0.2", "alpha=0.9"),
+    "mcldef": ("inverter=nc-box(steps=20)",),
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def install_toy(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
 def resolve(asked: Options) -> request.Request:
     """`asked`, resolved by this process."""
     known = runner.registry()
-    return request.resolve(asked, known, runner.prepare_data(known, runner.cache_folder()))
+    return request.resolve(asked, known, runner.prepare_data(known, cache_folder()))
 
 
 def build(asked: Options) -> plan.Plan:

@@ -42,7 +42,7 @@ def by_label(rows: list[Row]) -> dict[tuple[str, str], Row]:
 
 
 def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:
-    runs, rows = finished
+    _, rows = finished
     assert [(r.attack, r.defense) for r in rows] == [
         (attack, defense) for attack in ("badnets", "blend") for defense in ("before", "ft", "mcldef")
     ]
@@ -61,7 +61,7 @@ def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:
     assert table["badnets", "ft"].asr_before == table["badnets", "before"].asr
     assert table["badnets", "mcldef"].knows == ("target",)
     assert table["badnets", "mcldef"].uses_labels is False
-    assert table["badnets", "mcldef"].inverter == "nc-box"
+    assert (table["badnets", "mcldef"].inverter or "").startswith("nc-box")
     assert table["badnets", "mcldef"].inverter_success is not None
     assert table["badnets", "ft"].clean_n == 64
     # the inversion is charged to its user on top of the cell's own time
@@ -70,7 +70,13 @@ def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:
 
 def test_stages_are_shared(finished: tuple[Path, list[Row]]) -> None:
     kinds = [stage.kind for stage in Store(finished[0]).stages()]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"train": 2, "trial": 2, "invert": 2, "defend": 4, "predict": 6}
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "train": 2,
+        "trial": 2,
+        "invert": 2,
+        "defend": 4,
+        "predict": 6,
+    }
 
 
 def test_a_finished_matrix_computes_nothing(finished: tuple[Path, list[Row]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +115,10 @@ def test_two_drivers_share_one_store(finished: tuple[Path, list[Row]], tmp_path:
     drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [driver.communicate(timeout=240) for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], outputs
-    assert outputs[0][0].split("Details")[0].split("Isolation")[0] == outputs[1][0].split("Details")[0].split("Isolation")[0]
+    assert (
+        outputs[0][0].split("Details")[0].split("Isolation")[0]
+        == outputs[1][0].split("Details")[0].split("Isolation")[0]
+    )
     assert small.essence(runner.stored_rows(runs)) == small.essence(finished[1])
     assert artefacts(runs) == artefacts(finished[0])
     trained = [line for _, stderr in outputs for line in stderr.splitlines() if "victim 0: ok" in line]
@@ -216,7 +225,9 @@ def test_a_damaged_artefact_is_computed_again(finished: tuple[Path, list[Row]], 
     assert Store(runs).open(victim).exists()
 
 
-def test_observers_see_every_row_and_cannot_stop_the_run(finished: tuple[Path, list[Row]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_observers_see_every_row_and_cannot_stop_the_run(
+    finished: tuple[Path, list[Row]], capsys: pytest.CaptureFixture[str]
+) -> None:
     from backdoorbench_mcl.engines.local import Local
     from backdoorbench_mcl.grant import Grants
     from backdoorbench_mcl.matrix import Matrix
@@ -235,7 +246,9 @@ def test_observers_see_every_row_and_cannot_stop_the_run(finished: tuple[Path, l
     def bad(row: Row) -> None:
         raise RuntimeError("oops")
 
-    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision=asked.precision, threads=1, isolation="process")
+    grants = Grants(
+        asked.data, store, clean_rate=0.2, device="cpu", precision=asked.precision, threads=1, isolation="process"
+    )
     from backdoorbench_mcl import plan
 
     graph = plan.build(asked)
@@ -261,3 +274,12 @@ def test_a_store_that_fills_up_stops_with_one_line(tmp_path: Path, monkeypatch: 
         runner.run_matrix(one, Settings(runs=tmp_path / "runs"), live=False)
     monkeypatch.undo()
     assert len(Store(tmp_path / "runs").stages()) == 1  # what was finished is kept
+
+
+def test_without_landlock_a_stray_read_marks_the_row(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    spy = small.options(attacks="badnets", defenses=f"offender(how=read-trigger, path='{tmp_path / 'secret'}'),same")
+    rows = runner.run_matrix(spy, Settings(runs=finished[0], isolation="process"), live=False)
+    assert (rows[1].state, rows[1].isolation) == ("ok", "process")
+    assert str((tmp_path / "secret").resolve()) in rows[1].strays
+    assert rows[2].strays == ()

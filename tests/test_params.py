@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -62,20 +63,18 @@ def test_overrides() -> None:
         "train": {"epochs": 15},
     }
     for bad in ("ft=1", "ft.lr", ".lr=1", "ft.=1"):
-        with pytest.raises(UserError, match="expected name.param=value"):
+        with pytest.raises(UserError, match=r"expected name\.param=value"):
             params.overrides([bad])
 
 
 @given(st.text(max_size=60))
-def test_any_text_parses_or_is_refused_in_one_line(text: str) -> None:
-    try:
-        found = params.selections(text)
-    except UserError as error:
-        assert "\n" not in str(error) or "\n" in text
-    else:
-        assert all(s.name for s in found)
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    with contextlib.suppress(UserError):
+        assert all(selection.name for selection in params.selections(text))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False), st.lists))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False), st.lists)
+)
 def test_values_survive_their_own_text(value: Any) -> None:
     assert params.value(repr(value)) == value

@@ -20,7 +20,7 @@ GOOD = HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('good', 'x.y:
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Installer"]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installer]:
     monkeypatch.syspath_prepend(str(tmp_path))
     made = Installer(tmp_path)
     yield made
@@ -51,13 +51,22 @@ class Installer:
     [
         ("import a_module_that_is_not_there\n", "cannot import 'mod_bad': ModuleNotFoundError"),
         ("raise SystemExit(0)\n", "cannot import 'mod_bad': SystemExit"),
-        (HEAD + "@hookimpl\ndef bbmcl_defences():\n    return []\n", "unknown hook 'bbmcl_defences', did you mean 'bbmcl_defenses'?"),
-        (HEAD + "@hookimpl\ndef bbmcl_defenses():\n    raise OSError('no\\nluck')\n", "bbmcl_defenses raised OSError: no"),
+        (
+            HEAD + "@hookimpl\ndef bbmcl_defences():\n    return []\n",
+            "unknown hook 'bbmcl_defences', did you mean 'bbmcl_defenses'?",
+        ),
+        (
+            HEAD + "@hookimpl\ndef bbmcl_defenses():\n    raise OSError('no\\nluck')\n",
+            "bbmcl_defenses raised OSError: no",
+        ),
         (HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return ['mcldef']\n", "returned list, expected a list of Entry"),
         (HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return None\n", "returned NoneType, expected a list of Entry"),
         (HEAD + "@hookimpl\ndef bbmcl_defenses(wrong):\n    return []\n", "PluginValidationError"),
         (HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('Bad Name', 'x:Y')]\n", "method name 'Bad Name'"),
-        (HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('a', 'x:Y'), Entry('a', 'x:Z')]\n", "a second time"),
+        (
+            HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('a', 'x:Y'), Entry('a', 'x:Z')]\n",
+            "a second time",
+        ),
         (HEAD + "@hookimpl(wrapper=True)\ndef bbmcl_defenses():\n    return (yield)\n", "is a hook wrapper"),
     ],
 )
@@ -116,7 +125,10 @@ def test_shipped_methods_use_the_same_door() -> None:
 
 
 def test_loading_plugins_does_not_import_torch() -> None:
-    code = "import sys; from backdoorbench_mcl import plugins, matrix, runner, report; plugins.load({}); print('torch' in sys.modules)"
+    code = (
+        "import sys; from backdoorbench_mcl import plugins, matrix, runner, report; plugins.load({}); "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

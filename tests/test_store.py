@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ KEY = "ab" * 32
 
 def make(folder: Path, value: float = 1.0, order: tuple[str, ...] = ("a", "b")) -> Path:
     folder.mkdir(parents=True)
-    tensors = {"a": np.full((2, 3), value, np.float32), "b": np.arange(4)}
+    tensors: dict[str, Any] = {"a": np.full((2, 3), value, np.float32), "b": np.arange(4)}
     save_file({name: tensors[name] for name in order}, folder / "weights.safetensors")
     (folder / "meta.json").write_text(json.dumps({"n": 1, "m": [2]}))
     return folder

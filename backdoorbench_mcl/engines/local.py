@@ -160,7 +160,12 @@ class Local:
                 run.process.close()
             elif newest is not None:
                 out.append(newest)
-            if run.deadline is not None and time.monotonic() > run.deadline and not run.timed_out and run.folder in self._running:
+            if (
+                run.deadline is not None
+                and time.monotonic() > run.deadline
+                and not run.timed_out
+                and run.folder in self._running
+            ):
                 run.timed_out = True
                 run.process.kill()
         return out

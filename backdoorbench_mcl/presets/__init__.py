@@ -35,7 +35,7 @@ def _merge(into: Settings, tables: Mapping[str, Any]) -> None:
 
 
 def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
-    """Parameters by method name (`train` and `defend` are the recipes): base, preset, its table for the data set, budget.
+    """Parameters by method name (`train`, `defend`: the recipes) from base, preset, its table for the data set, budget.
 
     Example: `settings("paper", "mid", "cifar10")["train"]["epochs"]` is 15.
     """

@@ -39,7 +39,8 @@ def render(registry: Registry, name: str) -> str:
         card = registry.card(offer)
         lines = [
             f"{offer.kind} {one_line(offer.entry.name)} - {one_line(offer.entry.summary)}",
-            f"from {one_line(offer.plugin.dist)} {one_line(offer.plugin.version)}, class {card['class']}, version {card['version']}",
+            f"from {one_line(offer.plugin.dist)} {one_line(offer.plugin.version)}, class {card['class']}, "
+            f"version {card['version']}",
         ]
         if card["paper"] or offer.entry.paper:
             lines.append(f"paper: {one_line(card['paper'] or offer.entry.paper)}")

@@ -101,6 +101,9 @@ def _machine(block: Block) -> str:
     alone = [row.seconds for row in runs if row.state == "ok" and row.seconds is not None]
     if alone:
         parts.append(f"{_range(alone, 1)} s a cell")
+    strays = sum(bool(row.strays) for row in runs)
+    if strays:
+        parts.append(f"{strays} run{'s' * (strays > 1)} opened files that were not granted (strays in --format json)")
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 

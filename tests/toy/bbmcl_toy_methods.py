@@ -63,7 +63,7 @@ class _Net(Classifier):
         return maps.amax((2, 3)), (maps,)
 
     def head(self, z: Tensor) -> Tensor:
-        return self.fc(z)
+        return torch.as_tensor(self.fc(z))
 
 
 class TinyNet(Model):
