@@ -70,7 +70,9 @@ class Plan:
         yield from self.nodes[key].inputs.values()
 
 
-class _Builder:
+class Builder:
+    """Makes the nodes of one request; each method returns the key of the stage that it names."""
+
     def __init__(self, request: Request) -> None:
         self.request = request
         self.plan = Plan()
@@ -196,7 +198,7 @@ class _Builder:
 
 def build(request: Request) -> Plan:
     """The plan of a request: per attack and victim seed the undefended victim, then each defense and defense seed."""
-    builder = _Builder(request)
+    builder = Builder(request)
     for attack in request.attacks:
         for seed in request.seeds:
             builder.cell(attack, None, seed, None)
@@ -206,4 +208,4 @@ def build(request: Request) -> Plan:
     return builder.plan
 
 
-__all__ = ["Cell", "Kind", "Node", "Plan", "build"]
+__all__ = ["Builder", "Cell", "Kind", "Node", "Plan", "build"]

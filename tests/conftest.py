@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import small
+
+from backdoorbench_mcl.rows import Row
+from backdoorbench_mcl.store import Store
 
 # Tensors of the tests are small, and threads that wait for each other on a busy machine made a suite of 5 seconds
 # take 54 (measured, 2 cores, load 5). Read when torch is first imported, and inherited by children.
@@ -25,6 +32,34 @@ def toy_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join([str(TOY), *filter(None, [env.get("PYTHONPATH")])])
     env["BBMCL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return env
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The 2x2 toy matrix, run once without interruption: for reading only. seconds: what that took."""
+
+    runs: Path
+    rows: list[Row]
+    artefacts: dict[str, str]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def reference(toy_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """`small.command()` with two workers of one thread, finished."""
+    runs = tmp_path_factory.mktemp("reference") / "runs"
+    command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command(), "--runs", str(runs)]
+    command += ["--workers", "2", "--threads-per-job", "1", "--format", "json"]
+    subprocess.run(
+        [*command, "--dry-run"], env=toy_env, capture_output=True, timeout=240, check=True
+    )  # fills the cache
+    started = time.monotonic()
+    done = subprocess.run(command, env=toy_env, capture_output=True, timeout=240, check=True)
+    seconds = time.monotonic() - started
+    store = Store(runs)
+    artefacts = {stage.key: stage.artefact for stage in store.stages()}
+    store.close()
+    return Reference(runs, [Row.from_dict(item) for item in json.loads(done.stdout)], artefacts, seconds)
 
 
 @pytest.fixture

@@ -1,0 +1,243 @@
+"""Real drivers, real SIGKILLs at seeded random instants: nothing finished is lost, doubled, torn or different.
+
+BBMCL_TEST_KILLS: how many kills (default 12); BBMCL_TEST_SEED: the instants (default 0).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+from conftest import Reference
+
+from backdoorbench_mcl import artefacts
+from backdoorbench_mcl.store import Stage, Store
+
+KILLS = int(os.environ.get("BBMCL_TEST_KILLS", "12"))
+SEED = int(os.environ.get("BBMCL_TEST_SEED", "0"))
+SECONDS_TO_DIE = 5.0  # orphans end at once on a quiet machine; what is tested is that they do not live on
+TARGETS = ("driver", "worker", "group")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A line of the process table, as in /proc/PID/stat."""
+
+    pid: int
+    parent: int
+    state: str
+
+
+def members(session: int) -> list[Process]:
+    """The living processes of a session; a zombie is dead."""
+    out = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()  # what follows the name, which may hold anything
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            out.append(Process(int(file.parent.name), int(fields[1]), fields[0]))
+    return out
+
+
+def workers(session: int) -> list[int]:
+    """The jobs of a driver: grandchildren, because the fork server is their parent."""
+    found = members(session)
+    children = {process.pid for process in found if process.parent == session}
+    return sorted(process.pid for process in found if process.parent in children)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether `condition` came true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@dataclass
+class Driver:
+    """`bbmcl matrix` as the leader of a session of its own, its output in files."""
+
+    process: subprocess.Popen[bytes]
+    stdout: Path
+    stderr: Path
+
+    @property
+    def session(self) -> int:
+        return self.process.pid
+
+    def lives(self) -> bool:
+        return self.process.poll() is None
+
+    def ended_in_time(self) -> bool:
+        """Whether driver, fork server and jobs are all gone soon."""
+        return wait_until(lambda: not members(self.session), SECONDS_TO_DIE)
+
+
+@dataclass
+class Launcher:
+    """Starts drivers on one runs folder; what they leave in the temporary folder stays in this test's."""
+
+    folder: Path
+    env: dict[str, str]
+    count: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @contextmanager
+    def driver(self) -> Iterator[Driver]:
+        stem = self.folder / f"driver-{next(self.count)}"
+        scratch = self.folder / "tmp"
+        scratch.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command(), "--runs", str(self.runs)]
+        command += ["--workers", "2", "--threads-per-job", "1", "--format", "json"]
+        out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env={**self.env, "TMPDIR": str(scratch)},
+                start_new_session=True,
+                # a shell that runs the tests in the background has them, and so us, ignore SIGINT
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+            )
+        try:
+            yield Driver(process, out, err)
+        finally:
+            for member in members(process.pid):
+                os.kill(member.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, toy_env: dict[str, str]) -> Launcher:
+    return Launcher(tmp_path, toy_env)
+
+
+class Ledger:
+    """What was finished so far; every look at the store must find all of it again, unchanged."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.stages: dict[str, Stage] = {}
+
+    def check(self) -> None:
+        if not (self.runs / "store.sqlite").exists():
+            assert not self.rows
+            return
+        store = Store(self.runs)
+        rows, stages = store.rows(), {stage.key: stage for stage in store.stages()}
+        assert len({(row.attack, row.defense, row.victim_seed, row.defense_seed) for row in rows}) == len(rows)
+        finished = {row.key: row.as_dict() for row in rows if row.state in ("ok", "n/a")}
+        assert self.rows.items() <= finished.items()
+        assert all(stages.get(key) == stage for key, stage in self.stages.items())
+        for stage in stages.values():
+            store.open(stage)  # verified against its name; Damaged otherwise
+        complete = [path for path in (self.runs / "artefacts").glob("*/*") if not path.parent.name.startswith("tmp-")]
+        assert all(artefacts.identify(path) == path.name for path in complete)  # those without a stage as well
+        store.close()
+        self.rows, self.stages = finished, stages
+
+    def assert_equals(self, reference: Reference) -> None:
+        store = Store(self.runs)
+        assert small.essence(store.rows()) == small.essence(reference.rows)
+        assert {s.key: s.artefact for s in store.stages()} == reference.artefacts
+        store.close()
+
+
+def strike(driver: Driver, target: str, rng: random.Random) -> bool:
+    """Kill; False if there was nothing left to kill."""
+    if target == "worker":
+        wait_until(lambda: not driver.lives() or bool(workers(driver.session)), 60)
+        alive = workers(driver.session)
+        if not alive:
+            return False
+        try:
+            os.kill(rng.choice(alive), signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+    if not driver.lives():
+        return False
+    if target == "group":
+        os.killpg(driver.session, signal.SIGKILL)
+    else:
+        driver.process.kill()
+    driver.process.wait()
+    assert driver.ended_in_time(), f"alive after the driver's death: {members(driver.session)}"
+    return True
+
+
+@pytest.mark.timeout(60 + 30 * KILLS)
+def test_kills_at_any_moment_cost_nothing_that_was_finished(
+    tmp_path: Path, toy_env: dict[str, str], reference: Reference
+) -> None:
+    rng = random.Random(SEED)
+    done = dict.fromkeys(TARGETS, 0)
+    targets = itertools.cycle(TARGETS)
+    target, rounds = next(targets), 0
+    while sum(done.values()) < KILLS:
+        (tmp_path / str(rounds)).mkdir()
+        launcher = Launcher(tmp_path / str(rounds), toy_env)
+        rounds += 1
+        ledger = Ledger(launcher.runs)
+        status = None
+        while status != 0:
+            with launcher.driver() as driver:
+                while driver.lives() and sum(done.values()) < KILLS:
+                    instant = rng.uniform(0, 0.8 * reference.seconds)
+                    wait_until(lambda driver=driver: not driver.lives(), instant)  # type: ignore[misc]
+                    if strike(driver, target, rng):
+                        done[target] += 1
+                        target = next(targets)
+                    ledger.check()
+                driver.process.wait()
+                status = driver.process.returncode
+                said = driver.stderr.read_text()
+            assert status in (0, 1, -signal.SIGKILL), said
+            assert "Traceback" not in said
+        ledger.check()
+        ledger.assert_equals(reference)
+    assert all(done.values()), done
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_cleanly(launcher: Launcher, reference: Reference, way: str) -> None:
+    ledger = Ledger(launcher.runs)
+    with launcher.driver() as driver:
+        assert wait_until(lambda: b"victim 0: ok" in driver.stderr.read_bytes() or not driver.lives(), 120)
+        assert wait_until(lambda: bool(workers(driver.session)) or not driver.lives(), 60)
+        os.kill(driver.session, getattr(signal, way))
+        status = driver.process.wait(20)
+        assert driver.ended_in_time()
+        said = [line for line in driver.stderr.read_text().splitlines() if line.startswith("bbmcl:")]
+        word = "terminated" if way == "SIGTERM" else "stopped"
+        assert said == [f"bbmcl: {word}; what was finished is stored, the same command goes on from there"]
+        assert status == (143 if way == "SIGTERM" else 130)
+        assert "Traceback" not in driver.stderr.read_text()
+        assert driver.stdout.read_bytes() == b""
+    ledger.check()
+    assert ledger.stages
+    assert all(reference.artefacts[key] == stage.artefact for key, stage in ledger.stages.items())
+    assert list((launcher.folder / "tmp").glob("bbmcl-*")) == []  # and its work folder is gone
