@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -32,7 +32,8 @@ data_app = typer.Typer(
 app.add_typer(data_app, name="data")
 
 Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
-Format = Annotated[str, typer.Option("--format", help="table, markdown, latex, csv or json.")]
+FormatName = Literal["table", "markdown", "latex", "csv", "json"]
+Format = Annotated[FormatName, typer.Option("--format", help="How to print the rows.")]
 DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
 DEFAULT_RUNS = Path("bbmcl-runs")
 
@@ -52,11 +53,9 @@ def _config(ctx: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-def _print_rows(rows: list[Row], fmt: str) -> None:
+def _print_rows(rows: list[Row], fmt: FormatName) -> None:
     from . import report
 
-    if fmt not in report.FORMATS:
-        raise UserError(f"--format {fmt!r}: expected one of {', '.join(report.FORMATS)}")
     print(report.render(rows, fmt, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
 
 
@@ -94,11 +93,9 @@ def matrix(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
 ) -> None:
     """Train backdoored models, repair them, print the grid. The same line again goes on where it stopped."""
-    from . import report, runner
+    from . import runner
     from .request import Options
 
-    if fmt not in report.FORMATS:  # before hours of work, not after
-        raise UserError(f"--format {fmt!r}: expected one of {', '.join(report.FORMATS)}")
     options = Options(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
         precision, data_root,
@@ -257,24 +254,30 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
-def _run() -> int:
-    import click
+# The root of all that typer raises for a line it cannot parse; click's own, or in newer versions a copy that it brings.
+USAGE_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
+
+def _command(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return "bbmcl" if context is None else str(context.command_path)
+
+
+def _run() -> int:
     try:
         status: Any = app(standalone_mode=False, prog_name="bbmcl")
         return status if isinstance(status, int) else 0
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return int(done.exit_code)
-    except click.UsageError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        _say(f"bbmcl: {error.format_message()}")
+    except USAGE_ERROR as error:
+        message = str(error.format_message())
+        helpful = message.startswith("Usage:")  # a bare `bbmcl` or `bbmcl data` is answered with its help
+        _say(message if helpful else f"bbmcl: {message.rstrip('.')}; see: {_command(error)} --help")
         return 2
     except BbmclError as error:
         _say(f"bbmcl: {error}")
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("bbmcl: stopped; what was finished is stored, the same command goes on from there")
         return 130
     except _Terminated:

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +81,15 @@ class Described:
 
 
 class Registry:
-    """The methods of an installation. cache: folder of descriptions; timeout: seconds that a child may take."""
+    """The methods of an installation.
 
-    def __init__(self, plugins: Plugins, cache: Path, timeout: float = 120.0) -> None:
+    cache: folder of descriptions; timeout: seconds that a child may take; say: told of what takes seconds.
+    """
+
+    def __init__(
+        self, plugins: Plugins, cache: Path, timeout: float = 120.0, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.say = say
         self.plugins = plugins
         self.cache = cache / "descriptions"
         self.timeout = timeout
@@ -147,6 +153,7 @@ class Registry:
         replies = [_read(file) for file in files]
         missing = [i for i, reply in enumerate(replies) if reply is None]
         if missing:
+            self.say("reading methods (once: what they say is kept)")
             fresh = self._child([requests[i] for i in missing])
             for i, reply in zip(missing, fresh, strict=True):
                 replies[i] = reply

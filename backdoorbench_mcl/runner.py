@@ -74,7 +74,11 @@ def prepare_data(registry: Registry, cache: Path) -> request.PrepareData:
     def prepare(dataset: Described, root: Path | None, key: str) -> datacache.DataInfo:
         code = registry.code(dataset.target)
         full = f"{key}-{code[:16]}"
-        return datacache.lookup(cache, full, root) or _prepare(dataset, root, full, cache)
+        found = datacache.lookup(cache, full, root)
+        if found is None:
+            registry.say(f"preparing data set {dataset.label} (once: the copy in {cache} is used from then on)")
+            found = _prepare(dataset, root, full, cache)
+        return found
 
     return prepare
 
@@ -121,9 +125,9 @@ def check_data(text: str, root: Path | None) -> list[str]:
     ]
 
 
-def registry() -> Registry:
-    """The methods of this installation, with the user's cache."""
-    return Registry(plugins.load(), cache_folder())
+def registry(say: Callable[[str], None] = lambda line: None) -> Registry:
+    """The methods of this installation, with the user's cache; `say` is told of what takes seconds."""
+    return Registry(plugins.load(), cache_folder(), say=say)
 
 
 def summary(asked: request.Request, using: Resources) -> list[str]:
@@ -164,7 +168,7 @@ def run_matrix(
     `announce` receives the lines of `summary` and every plugin problem. Raises UserError for a request that cannot
     be met; a cell that fails is a row with its reason instead.
     """
-    known = registry()
+    known = registry(announce)
     for problem in known.plugins.problems:
         announce(str(problem))
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))

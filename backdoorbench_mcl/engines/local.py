@@ -87,7 +87,10 @@ def _end_with_parent() -> None:
 def _child(folder: str, messages: Connection) -> None:
     """The first function of a child: its output goes to the job's log, its life hangs on its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
-    log = os.open(os.path.join(folder, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        log = os.open(os.path.join(folder, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except FileNotFoundError:  # the driver was stopped while it started this child, and has cleaned up
+        os._exit(1)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
@@ -184,7 +187,7 @@ class Local:
         file = folder / LOG
         log = file.read_bytes()[-8000:].decode(errors="replace") if file.exists() else ""
         if timed_out:
-            return Finished(folder, "timeout", f"took longer than --timeout {self.timeout:.0f} s", log)
+            return Finished(folder, "timeout", f"took longer than --timeout {self.timeout:g} s", log)
         try:
             result = json.loads((folder / RESULT).read_text())
         except (OSError, ValueError):

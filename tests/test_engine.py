@@ -1,0 +1,305 @@
+"""The local engine with real jobs: killed and resumed to the same bits, timed out, watched; and its snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from backdoorbench_mcl import artefacts, plan
+from backdoorbench_mcl.engines.local import Finished, Isolation, Local, Progress
+from backdoorbench_mcl.grant import Grants
+from backdoorbench_mcl.plan import Node
+from backdoorbench_mcl.snapshots import FolderSnapshot
+from backdoorbench_mcl.store import Store
+
+EPOCH = 5  # steps: 320 images in batches of 64
+STEPS = 100 * EPOCH
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+
+
+@dataclasses.dataclass
+class Bench:
+    """Fills folders for the training jobs of a small plan. `common` changes settings of every job."""
+
+    tmp: Path
+    graph: plan.Plan
+    grants: Grants
+    count: int = 0
+
+    @property
+    def trainings(self) -> list[Node]:
+        return [node for node in self.graph.nodes.values() if node.kind == "train"]
+
+    def job(self, node: Node | None = None, snapshot: str = "") -> Path:
+        """A fresh folder for `node`, by default the first training; `snapshot`: another place than the store's."""
+        self.count += 1
+        folder = self.tmp / f"job-{self.count}"
+        folder.mkdir()
+        self.grants.fill(node or self.trainings[0], {}, folder)
+        if snapshot:
+            spec = json.loads((folder / "spec.json").read_text())
+            (folder / "spec.json").write_text(json.dumps({**spec, "snapshot": str(self.tmp / snapshot)}))
+        return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path, toy: None) -> Bench:
+    settings = (*small.overrides("badnets,blend", "same"), f"train.steps={STEPS}")
+    asked = small.resolve(small.options("badnets,blend", "same", overrides=settings))
+    grants = Grants(
+        asked.data, Store(tmp_path / "runs"), clean_rate=0.2, device="cpu", precision=asked.precision, threads=1,
+        isolation="process", snapshot_every=0,
+    )  # fmt: skip
+    return Bench(tmp_path, plan.build(asked), grants)
+
+
+Seen = dict[Path, list[Progress]]
+
+
+def watch(
+    engine: Local, jobs: int, act: Callable[[Progress], None] = lambda event: None
+) -> tuple[list[Finished], Seen]:
+    """Run until `jobs` jobs have ended; `act` sees every progress. Returns how they ended, and their progress."""
+    finished: list[Finished] = []
+    seen: Seen = {}
+    deadline = time.monotonic() + 120
+    while len(finished) < jobs:
+        assert time.monotonic() < deadline
+        for event in engine.events():
+            if isinstance(event, Finished):
+                finished.append(event)
+            else:
+                seen.setdefault(event.folder, []).append(event)
+                act(event)
+    return finished, seen
+
+
+def run(folder: Path, kill_after: int | None = None, isolation: Isolation = "process") -> Finished:
+    """The job in `folder` to its end, or to a SIGKILL once it has reported `kill_after` steps."""
+    with Local(1, inline=isolation == "inline") as engine:
+        engine.start(folder)
+        (pid,) = [run.process.pid for run in engine._running.values()] or [None]
+
+        def act(event: Progress) -> None:
+            if kill_after is not None and event.done >= kill_after and pid is not None:
+                os.kill(pid, signal.SIGKILL)
+
+        (finished,), _ = watch(engine, 1, act)
+    return finished
+
+
+def weights(folder: Path) -> str:
+    return artefacts.identify(folder / "out")
+
+
+def test_a_killed_training_resumes_to_the_same_weights(bench: Bench) -> None:
+    straight = bench.job(snapshot="straight")
+    assert run(straight).state == "ok"
+    expected = weights(straight)
+    resumed_at = []
+    for kill_after in (STEPS // 4, STEPS // 2):  # killed twice, each time in a fresh folder
+        killed = run(bench.job(), kill_after=kill_after)
+        assert (killed.state, killed.result) == ("killed", {})
+        assert "SIGKILL" in killed.reason
+    last = bench.job()
+    finished = run(last)
+    assert finished.state == "ok"
+    assert weights(last) == expected
+    resumed_at = [int(line.split()[3]) for line in finished.log.splitlines() if line.startswith("resumed at step")]
+    assert len(resumed_at) == 1
+    assert STEPS // 2 - EPOCH <= resumed_at[0] < STEPS
+    assert resumed_at[0] % EPOCH == 0  # the end of an epoch
+
+
+def test_a_training_killed_once_and_a_torn_snapshot(bench: Bench) -> None:
+    killed = run(bench.job(), kill_after=STEPS // 4)
+    assert killed.state == "killed"
+    folder = Store(bench.tmp / "runs").snapshots(bench.trainings[0].key)
+    (file,) = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    (bench.tmp / "torn").mkdir()
+    (bench.tmp / "torn" / file.name).write_bytes(content[: len(content) // 2])
+    resumed, restarted = bench.job(), bench.job(snapshot="torn")
+    with Local(2) as engine:
+        engine.start(resumed)
+        engine.start(restarted)
+        assert engine.free == 0
+        finished, _ = watch(engine, 2)
+    logs = {event.folder: event.log for event in finished}
+    assert {event.state for event in finished} == {"ok"}
+    assert "resumed at step" in logs[resumed]
+    assert "resumed" not in logs[restarted]
+    assert weights(resumed) == weights(restarted)
+
+
+def test_two_jobs_at_once_tell_of_their_progress(bench: Bench) -> None:
+    folders = [bench.job(node) for node in bench.trainings]
+    assert len(folders) == 2
+    with Local(2) as engine:
+        assert engine.free == 2
+        for folder in folders:
+            engine.start(folder)
+        assert engine.free == 0
+        finished, seen = watch(engine, 2)
+        assert engine.free == 2
+    assert {event.folder for event in finished} == set(folders) == set(seen)
+    for events in seen.values():
+        done = [event.done for event in events]
+        assert done == sorted(set(done))
+        assert {event.total for event in events} == {STEPS}
+        assert all(event.rate > 0 for event in events)
+    for event in finished:
+        assert event.state == "ok"
+        assert event.result["isolation"] == "process"
+        assert 0 < event.result["seconds"] < 120
+        assert event.result["peak_mb"] > 50
+    assert weights(folders[0]) != weights(folders[1])
+
+
+def test_a_job_that_takes_too_long_is_killed(bench: Bench) -> None:
+    with Local(1, timeout=0.5) as engine:
+        engine.start(bench.job())
+        (child,) = engine._running.values()
+        pid = child.process.pid
+        started = time.monotonic()
+        (finished,), _ = watch(engine, 1)
+        assert time.monotonic() - started < 20
+        assert (finished.state, finished.result) == ("timeout", {})
+        assert finished.reason == "took longer than --timeout 0.5 s"
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_leaving_the_engine_ends_its_jobs(bench: Bench) -> None:
+    with Local(1) as engine:
+        engine.start(bench.job())
+        (child,) = engine._running.values()
+        pid = child.process.pid
+    assert not Path(f"/proc/{pid}").exists()
+    assert engine.free == 1
+
+
+def test_inline_gives_the_same_weights(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own: a job seeds, sets threads and so on for the process that it runs in."""
+    child, inline = bench.job(snapshot="a"), bench.job(snapshot="b")
+    assert run(child).state == "ok"
+    code = (
+        "import sys; from pathlib import Path; from backdoorbench_mcl.engines.local import Local\n"
+        "engine = Local(4, inline=True); assert engine.workers == 1; engine.start(Path(sys.argv[1]))\n"
+        "assert engine.free == 0; (event,) = engine.events(); print(event.state); assert engine.events(0) == []"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(inline)], capture_output=True, text=True, check=True)
+    assert done.stdout == "ok\n"
+    assert weights(inline) == weights(child)
+    assert (child / "log.txt").exists() and (inline / "log.txt").exists()
+
+
+@pytest.mark.parametrize("how", ["raise", "print", "exit"])
+def test_what_a_job_prints_goes_to_its_log(
+    bench: Bench, tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = small.resolve(small.options("badnets", f"offender(how={how})"))
+    graph = plan.build(asked)
+    node = next(node for node in graph.nodes.values() if node.kind == "defend")
+    victim = bench.job()
+    assert run(victim).state == "ok"
+    folder = tmp_path / "defend"
+    folder.mkdir()
+    bench.grants.fill(node, {"victim": victim / "out"}, folder)
+    finished = run(folder)
+    state, reason, log = {
+        "raise": ("failed", "ValueError: first line", "second line"),
+        "print": ("ok", "", "noise on standard output"),
+        "exit": ("failed", "SystemExit: 3", "SystemExit"),
+    }[how]
+    assert (finished.state, finished.reason) == (state, reason)
+    assert log in finished.log
+    assert finished.log == (folder / "log.txt").read_text()
+    shown = capfd.readouterr()
+    assert shown.out + shown.err == ""
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+def test_a_snapshot_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    tensors = {
+        "w": torch.arange(6.0).reshape(2, 3).t(),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "n": torch.tensor(3),
+    }
+    meta = {"step": 7, "start": "ä", "rate": 0.1}
+    assert FolderSnapshot(tmp_path / "s").load() is None
+    assert not (tmp_path / "s").exists()  # made when first needed
+    FolderSnapshot(tmp_path / "s").save(tensors, meta)
+    found = FolderSnapshot(tmp_path / "s").load()
+    assert found is not None
+    assert found[1] == meta
+    assert set(found[0]) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[0][name].dtype == tensor.dtype
+        assert torch.equal(found[0][name], tensor)
+
+
+def test_a_snapshot_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = FolderSnapshot(tmp_path, every=0)
+    snapshot.save({"w": torch.zeros(3)}, {"step": 1})
+
+    def dies(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", dies)  # between writing and renaming
+    with pytest.raises(OSError, match="No space"):
+        snapshot.save({"w": torch.ones(3)}, {"step": 2})
+    monkeypatch.undo()
+    found = snapshot.load()
+    assert found is not None
+    assert found[1] == {"step": 1}
+    snapshot.save({"w": torch.ones(3)}, {"step": 3})
+    found = snapshot.load()
+    assert found is not None
+    assert found[1] == {"step": 3}
+    assert bool((found[0]["w"] == 1).all())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 4, 30, -1])
+def test_a_torn_snapshot_is_none(tmp_path: Path, keep: int) -> None:
+    FolderSnapshot(tmp_path).save({"w": torch.zeros(100)}, {"step": 1})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:keep])
+    assert FolderSnapshot(tmp_path).load() is None
+
+
+def test_snapshots_are_not_written_more_often_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    snapshot = FolderSnapshot(tmp_path, every=2.0)
+
+    def kept(step: int) -> int:
+        snapshot.save({"w": torch.zeros(1)}, {"step": step})
+        found = snapshot.load()
+        assert found is not None
+        return int(found[1]["step"])
+
+    assert kept(1) == 1  # the first at once
+    now[0] += 1.9
+    assert kept(2) == 1
+    now[0] += 0.2
+    assert kept(3) == 3
+    now[0] += 1.9
+    assert kept(4) == 3
