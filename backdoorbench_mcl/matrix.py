@@ -66,6 +66,7 @@ class Matrix:
         self.scores: dict[str, dict[str, Any]] = {}
         self.work = Path(tempfile.mkdtemp(prefix="bbmcl-"))
         self.versions = provenance.versions()
+        self.origin = provenance.collect()
 
     # ------------------------------------------------------------ the loop
 
@@ -225,6 +226,7 @@ class Matrix:
             "strays": result.get("strays", []),
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
+            "origin": self.origin,
         }
         cost = {name: result[name] for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)
