@@ -17,7 +17,7 @@ import small
 import torch
 
 from backdoorbench_mcl import artefacts, plan
-from backdoorbench_mcl.engines.local import Finished, Isolation, Local, Progress
+from backdoorbench_mcl.engines.local import Finished, Local, Progress
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
 from backdoorbench_mcl.snapshots import FolderSnapshot
@@ -34,7 +34,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
 
 @dataclasses.dataclass
 class Bench:
-    """Fills folders for the training jobs of a small plan. `common` changes settings of every job."""
+    """Fills folders for the training jobs of a small plan."""
 
     tmp: Path
     graph: plan.Plan
@@ -45,22 +45,23 @@ class Bench:
     def trainings(self) -> list[Node]:
         return [node for node in self.graph.nodes.values() if node.kind == "train"]
 
-    def job(self, node: Node | None = None, snapshot: str = "") -> Path:
+    def job(self, node: Node | None = None, *, snapshot: str = "", steps: int = STEPS) -> Path:
         """A fresh folder for `node`, by default the first training; `snapshot`: another place than the store's."""
         self.count += 1
         folder = self.tmp / f"job-{self.count}"
         folder.mkdir()
         self.grants.fill(node or self.trainings[0], {}, folder)
+        spec = json.loads((folder / "spec.json").read_text())
+        spec["recipe"]["params"]["steps"] = steps
         if snapshot:
-            spec = json.loads((folder / "spec.json").read_text())
-            (folder / "spec.json").write_text(json.dumps({**spec, "snapshot": str(self.tmp / snapshot)}))
+            spec["snapshot"] = str(self.tmp / snapshot)
+        (folder / "spec.json").write_text(json.dumps(spec))
         return folder
 
 
 @pytest.fixture
 def bench(tmp_path: Path, toy: None) -> Bench:
-    settings = (*small.overrides("badnets,blend", "same"), f"train.steps={STEPS}")
-    asked = small.resolve(small.options("badnets,blend", "same", overrides=settings))
+    asked = small.resolve(small.options("badnets,blend", "same"))
     grants = Grants(
         asked.data, Store(tmp_path / "runs"), clean_rate=0.2, device="cpu", precision=asked.precision, threads=1,
         isolation="process", snapshot_every=0,
@@ -89,14 +90,21 @@ def watch(
     return finished, seen
 
 
-def run(folder: Path, kill_after: int | None = None, isolation: Isolation = "process") -> Finished:
+def pid_of(engine: Local) -> int:
+    """The process of the only running job."""
+    (child,) = engine._running.values()
+    assert child.process.pid is not None
+    return child.process.pid
+
+
+def run(folder: Path, kill_after: int | None = None) -> Finished:
     """The job in `folder` to its end, or to a SIGKILL once it has reported `kill_after` steps."""
-    with Local(1, inline=isolation == "inline") as engine:
+    with Local(1) as engine:
         engine.start(folder)
-        (pid,) = [run.process.pid for run in engine._running.values()] or [None]
+        pid = pid_of(engine)
 
         def act(event: Progress) -> None:
-            if kill_after is not None and event.done >= kill_after and pid is not None:
+            if kill_after is not None and event.done >= kill_after:
                 os.kill(pid, signal.SIGKILL)
 
         (finished,), _ = watch(engine, 1, act)
@@ -111,7 +119,6 @@ def test_a_killed_training_resumes_to_the_same_weights(bench: Bench) -> None:
     straight = bench.job(snapshot="straight")
     assert run(straight).state == "ok"
     expected = weights(straight)
-    resumed_at = []
     for kill_after in (STEPS // 4, STEPS // 2):  # killed twice, each time in a fresh folder
         killed = run(bench.job(), kill_after=kill_after)
         assert (killed.state, killed.result) == ("killed", {})
@@ -174,8 +181,7 @@ def test_two_jobs_at_once_tell_of_their_progress(bench: Bench) -> None:
 def test_a_job_that_takes_too_long_is_killed(bench: Bench) -> None:
     with Local(1, timeout=0.5) as engine:
         engine.start(bench.job())
-        (child,) = engine._running.values()
-        pid = child.process.pid
+        pid = pid_of(engine)
         started = time.monotonic()
         (finished,), _ = watch(engine, 1)
         assert time.monotonic() - started < 20
@@ -187,15 +193,14 @@ def test_a_job_that_takes_too_long_is_killed(bench: Bench) -> None:
 def test_leaving_the_engine_ends_its_jobs(bench: Bench) -> None:
     with Local(1) as engine:
         engine.start(bench.job())
-        (child,) = engine._running.values()
-        pid = child.process.pid
+        pid = pid_of(engine)
     assert not Path(f"/proc/{pid}").exists()
     assert engine.free == 1
 
 
-def test_inline_gives_the_same_weights(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+def test_inline_gives_the_same_weights(bench: Bench) -> None:
     """In a process of its own: a job seeds, sets threads and so on for the process that it runs in."""
-    child, inline = bench.job(snapshot="a"), bench.job(snapshot="b")
+    child, inline = bench.job(snapshot="a", steps=10 * EPOCH), bench.job(snapshot="b", steps=10 * EPOCH)
     assert run(child).state == "ok"
     code = (
         "import sys; from pathlib import Path; from backdoorbench_mcl.engines.local import Local\n"
@@ -205,30 +210,33 @@ def test_inline_gives_the_same_weights(bench: Bench, capfd: pytest.CaptureFixtur
     done = subprocess.run([sys.executable, "-c", code, str(inline)], capture_output=True, text=True, check=True)
     assert done.stdout == "ok\n"
     assert weights(inline) == weights(child)
-    assert (child / "log.txt").exists() and (inline / "log.txt").exists()
+    assert (inline / "log.txt").exists()
 
 
-@pytest.mark.parametrize("how", ["raise", "print", "exit"])
-def test_what_a_job_prints_goes_to_its_log(
-    bench: Bench, tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked = small.resolve(small.options("badnets", f"offender(how={how})"))
-    graph = plan.build(asked)
-    node = next(node for node in graph.nodes.values() if node.kind == "defend")
-    victim = bench.job()
-    assert run(victim).state == "ok"
-    folder = tmp_path / "defend"
-    folder.mkdir()
-    bench.grants.fill(node, {"victim": victim / "out"}, folder)
-    finished = run(folder)
-    state, reason, log = {
+def test_what_jobs_print_goes_to_their_logs(bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = {
         "raise": ("failed", "ValueError: first line", "second line"),
         "print": ("ok", "", "noise on standard output"),
         "exit": ("failed", "SystemExit: 3", "SystemExit"),
-    }[how]
-    assert (finished.state, finished.reason) == (state, reason)
-    assert log in finished.log
-    assert finished.log == (folder / "log.txt").read_text()
+    }
+    victim = bench.job(steps=EPOCH)
+    assert run(victim).state == "ok"
+    graph = plan.build(small.resolve(small.options("badnets", ",".join(f"offender(how={how})" for how in expected))))
+    capfd.readouterr()
+    with Local(3) as engine:
+        for node in graph.nodes.values():
+            if node.kind == "defend":
+                folder = tmp_path / node.methods["defense"].params["how"]
+                folder.mkdir()
+                bench.grants.fill(node, {"victim": victim / "out"}, folder)
+                engine.start(folder)
+        finished, _ = watch(engine, 3)
+    assert {event.folder.name for event in finished} == set(expected)
+    for event in finished:
+        state, reason, printed = expected[event.folder.name]
+        assert (event.state, event.reason) == (state, reason)
+        assert printed in event.log
+        assert event.log == (event.folder / "log.txt").read_text()
     shown = capfd.readouterr()
     assert shown.out + shown.err == ""
 
