@@ -275,7 +275,7 @@ class AttackContext(Context):
 
 @dataclass(frozen=True)
 class InverterContext(Context):
-    """For `Inverter.invert`: the clean images, without labels (all -1)."""
+    """For `Inverter.invert`: the clean images, without labels (all -1). Of `recipe` only the augmentation is set."""
 
     clean: Images
 

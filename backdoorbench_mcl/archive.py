@@ -19,7 +19,7 @@ from typing import Any
 from . import artefacts
 from .artefacts import Damaged
 from .errors import UserError
-from .rows import Row
+from .rows import FINAL_STATES, Row
 from .store import Stage, Store
 
 INDEX = "bbmcl-archive.json"
@@ -80,10 +80,15 @@ def load(store: Store, file: Path) -> tuple[int, int]:
         fresh = [stage for stage in stages if stage.key not in known]
         for stage in fresh:
             store.commit(stage, Path(scratch, "artefacts", stage.artefact))
-        new_rows = [row for row in rows if store.row(row.key) is None]
+        new_rows = [row for row in rows if _adds(row, store.row(row.key))]
         for row in new_rows:
             store.put_row(row)
     return len(fresh), len(new_rows)
+
+
+def _adds(row: Row, stored: Row | None) -> bool:
+    """A result takes the place of a failure, never the other way round."""
+    return stored is None or (stored.state not in FINAL_STATES and row.state in FINAL_STATES)
 
 
 def _unpack(tar: tarfile.TarFile, folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and renamed: a half-written artefact is never seen under its final name. Free of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -130,7 +131,8 @@ class Artefacts:
         """Remove an artefact that turned out damaged."""
         self._verified.discard(name)
         grave = self.root / f"tmp-{uuid.uuid4().hex}"
-        self.path(name).rename(grave)
+        with contextlib.suppress(FileNotFoundError):  # another driver was first
+            self.path(name).rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
 
     def sweep(self) -> None:

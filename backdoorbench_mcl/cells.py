@@ -39,16 +39,19 @@ def seed(role: Role, data_hash: str, victim_seed: int, defense_seed: int | None 
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def clean_index(total: int, rate: float, split_seed: int) -> NDArray[np.int64]:
-    """The first floor(rate * total) entries of one permutation: nested over rates (spec 2.5), in drawn order.
-
-    Raises UserError when that is no image at all.
-    """
+def clean_count(total: int, rate: float) -> int:
+    """floor(rate * total) clean images. Raises UserError when that is no image at all."""
     count = math.floor(rate * total + 1e-9)  # 0.05 * 60 must give 3 although the product is 2.9999...
     if count < 1:
         raise UserError(
             f"a clean rate of {rate} leaves no image of {total}; raise --clean-rate to at least {1 / total:.2g}"
         )
+    return count
+
+
+def clean_index(total: int, rate: float, split_seed: int) -> NDArray[np.int64]:
+    """The first `clean_count` entries of one permutation: nested over rates (spec 2.5), in drawn order."""
+    count = clean_count(total, rate)
     return np.random.Generator(np.random.PCG64(split_seed)).permutation(total)[:count].astype(np.int64)
 
 
@@ -68,4 +71,4 @@ def seeds(text: str) -> list[int]:
     return out
 
 
-__all__ = ["Role", "canonical", "clean_index", "key", "seed", "seeds"]
+__all__ = ["Role", "canonical", "clean_count", "clean_index", "key", "seed", "seeds"]

@@ -246,12 +246,18 @@ def _root(
     pass
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwinds like Ctrl-C, so that children are ended and locks released."""
+class _Stopped(BaseException):
+    """SIGTERM or Ctrl-C: unwinds, so that children are ended and locks released.
+
+    No KeyboardInterrupt, of which typer makes an exit without a word.
+    """
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(signum)
 
 
 # The root of all that typer raises for a line it cannot parse; click's own, or in newer versions a copy that it brings.
@@ -277,17 +283,22 @@ def _run() -> int:
     except BbmclError as error:
         _say(f"bbmcl: {error}")
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        _say("bbmcl: stopped; what was finished is stored, the same command goes on from there")
-        return 130
-    except _Terminated:
-        _say("bbmcl: terminated; what was finished is stored, the same command goes on from there")
-        return 143
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written: named by its file, of no use as a trace
+        _say(f"bbmcl: {error.strerror or error}: {error.filename or 'a file'}; make room, or see to its permissions")
+        return 2
+    except _Stopped as stopped:
+        how = "terminated" if stopped.signum == signal.SIGTERM else "stopped"
+        _say(f"bbmcl: {how}; what was finished is stored, the same command goes on from there")
+        return 128 + stopped.signum
 
 
 def main() -> NoReturn:
     """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell has its background jobs ignore Ctrl-C
+        signal.signal(signal.SIGINT, _stop)
     try:
         status = _run()
         sys.stdout.flush()

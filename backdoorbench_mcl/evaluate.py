@@ -18,6 +18,7 @@ from .rows import Row
 EVALUATOR_VERSION = 1
 GATE_OK = 95.0  # ASR of the undefended victim, in %: from here on the attack counts as planted
 GATE_WEAK = 90.0  # below: defenses are not run; between the two: flagged and not ranked (design 3.7)
+FTR_MARGIN = 1.0  # points by which a repair may raise FTR and still call it a floor (spec 12.2: the margin for ASR)
 ERASED = 0.1  # of the target-class accuracy before: below, a defense has deleted the class (spec 6.5)
 
 Gate = Literal["ok", "flagged", "weak", ""]
@@ -109,6 +110,14 @@ def tied_at_floor(*runs: Row) -> bool:
         asr_k, asr_n, ftr_k, ftr_n = (sum(column) for column in zip(*whole, strict=True))
         return bool(asr_k * ftr_n <= ftr_k * asr_n)
     return sum(row.asr or 0.0 for row in measured) <= sum(row.ftr or 0.0 for row in measured)
+
+
+def floor_raised(ftr: float | None, ftr_before: float | None) -> bool:
+    """Whether a repair lifted FTR, the floor of its ASR, by more than `FTR_MARGIN` points; False if a value is unknown.
+
+    A model that calls everything the target has ASR = FTR = 100: such a floor excuses nothing.
+    """
+    return ftr is not None and ftr_before is not None and ftr > ftr_before + FTR_MARGIN
 
 
 def target_class_erased(tca: float | None, tca_before: float | None) -> bool:

@@ -26,10 +26,17 @@ from safetensors.numpy import load_file, save_file
 
 from . import artefacts, cells, datacache
 from .errors import PluginError
-from .plan import Node
+from .plan import Kind, Node
 from .store import Store
 
-ROLES: tuple[cells.Role, ...] = ("poison", "trigger", "init", "order", "invert", "stamp")
+ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the seed of another would tell about it
+    "train": ("init", "trigger", "poison", "order"),
+    "trial": ("init", "stamp"),
+    "invert": ("init", "invert", "stamp"),
+    "defend": ("init", "order"),
+    "predict": ("init",),
+}
+LONG: frozenset[Kind] = frozenset({"train", "invert", "defend"})  # jobs that leave snapshots
 GRANTABLE = frozenset({"target"})
 
 
@@ -57,12 +64,16 @@ class Grants:
         Raises PluginError when the method declared knowledge that cannot be granted.
         """
         (folder / "in").mkdir()
+        # the name of a stage's snapshots is its key, from which `predict` could tell how its images were shuffled
+        snapshots = self.store.snapshots(node.key).absolute() if node.kind in LONG else folder / "snapshots"
         spec: dict[str, Any] = {
             "job": node.kind,
             **self.common,
-            "snapshot": str(self.store.snapshots(node.key).absolute()),
+            "snapshot": str(snapshots),
             "readable": [],
-            "seeds": {r: cells.seed(r, self.data.hash, node.victim_seed, node.defense_seed) for r in ROLES},
+            "seeds": {
+                role: cells.seed(role, self.data.hash, node.victim_seed, node.defense_seed) for role in ROLES[node.kind]
+            },
             "data": {
                 k: v for k, v in self.data.as_dict().items() if k in ("classes", "shape", "mean", "std", "flip_ok")
             },

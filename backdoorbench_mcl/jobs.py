@@ -177,6 +177,15 @@ def trial(job: Job) -> None:
             f"{attack.name}: stamp() returned {stamped.dtype} {tuple(stamped.shape)}, expected uint8 {tuple(x.shape)}"
         )
     goal, counted = attack.goal(y)
+    if goal.shape != y.shape or counted.shape != y.shape or counted.dtype != torch.bool:
+        raise PluginError(
+            f"{attack.name}: goal() returned {tuple(goal.shape)} and {counted.dtype} {tuple(counted.shape)}, "
+            f"expected a label and a bool for each of {len(y)} images"
+        )
+    if bool(((goal < 0) | (goal >= job.spec["data"]["classes"])).any()):
+        raise PluginError(f"{attack.name}: goal() returned labels outside 0..{job.spec['data']['classes'] - 1}")
+    if bool((counted & (goal == y)).any()):
+        raise PluginError(f"{attack.name}: goal() counts images whose goal is their own label")
     job.save("trial", {"x": stamped, "goal": goal.to(torch.int64), "counted": counted.to(torch.uint8)})
     job.save_meta({"counted": int(counted.sum())})
 
@@ -191,7 +200,8 @@ def invert(job: Job) -> None:
     labels are not granted to an inversion, so the victim's own prediction stands in for them.
     """
     inverter = cast(api.Inverter, job.method("inverter"))
-    recipe = cast(api.Recipe, job.method("recipe"))
+    # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
+    recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
     victim, clean, target = job.victim(), job.clean(), int(job.spec["grants"]["target"])
     context = api.InverterContext(**job.context(job.rng("invert"), recipe), clean=clean)
     trigger = inverter.invert(kit.frozen(victim), target, context)
@@ -263,6 +273,12 @@ def predict(job: Job) -> None:
     """Predicted labels of `in/x.npy`, whatever it holds. out: labels int64 (N,)."""
     x = torch.from_numpy(np.load(job.folder / "in" / "x.npy"))
     labels = kit.predict(job.victim(), x)
+    classes = job.spec["data"]["classes"]
+    if labels.shape != (len(x),) or bool((labels >= classes).any()):
+        raise PluginError(
+            f"{job.spec['model']['name']}: the network gave {tuple(labels.shape)} labels up to {int(labels.max())} for "
+            f"{len(x)} images of {classes} classes; expected logits of shape (N, {classes})"
+        )
     job.tick(len(x), len(x), len(x))
     job.save("labels", {"labels": labels.to(torch.int64)})
     job.save_meta({"images": len(x)})

@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 from . import artefacts, evaluate, provenance
 from .artefacts import Damaged
-from .engines.local import Finished, Local, Progress
+from .engines.local import Finished, Isolation, Local, Progress
 from .errors import BbmclError, UserError
 from .grant import Grants
 from .plan import Cell, Node, Plan
@@ -27,6 +28,9 @@ from .rows import FINAL_STATES, Row
 from .store import Claim, Stage, Store
 
 WEAK = "weak attack"
+_LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
+TYPED = ("dataset", "model", "attack", "defense", "inverter", "preset", "budget")  # may differ at equal keys
+POLL = 1.0  # seconds between two looks at what other drivers have stored
 Observer = Callable[[Row], object]
 
 
@@ -60,6 +64,8 @@ class Matrix:
         self.retry = retry
         self.observers = observers
         self.stages: dict[str, Stage] = {}
+        self.absent: set[str] = set()  # not stored when it was last looked for
+        self.seen = -1  # `Store.changes` at that time
         self.failures: dict[str, Failure] = {}
         self.running: dict[Path, _Job] = {}
         self.rows: dict[int, Row] = {}
@@ -82,11 +88,10 @@ class Matrix:
                 if len(self.rows) == len(self.plan.cells):
                     break
                 moved |= self._start_jobs()
-                if self.running or not moved:
-                    for event in self.engine.events():
-                        self._handle(event)
-                if not self.running and not moved:
-                    time.sleep(0.2)  # all that is left is being computed by another driver
+                if self.running:
+                    self._wait()
+                elif not moved:
+                    time.sleep(POLL)  # all that is left is being computed by another driver
         finally:
             self.engine.close()
             for job in self.running.values():
@@ -94,12 +99,20 @@ class Matrix:
             shutil.rmtree(self.work, ignore_errors=True)
         return [self.rows[i] for i in range(len(self.plan.cells))]
 
+    def _wait(self) -> None:
+        """Until a job has ended, or it is time to look for what other drivers have stored: a look costs every cell."""
+        until = time.monotonic() + POLL
+        ended = False
+        while not ended and (self.engine.free <= 0 or time.monotonic() < until):
+            for event in self.engine.events():
+                self._handle(event)
+                ended |= isinstance(event, Finished)
+
     def _load_finished(self) -> None:
         for i, cell in enumerate(self.plan.cells):
             stored = self.store.row(cell.key)
             if stored is not None and stored.state in FINAL_STATES:
-                labels = {"dataset", "model", "attack", "defense", "inverter"}  # what was typed this time
-                self.rows[i] = dataclasses.replace(stored, **{name: getattr(cell.row, name) for name in labels})
+                self.rows[i] = dataclasses.replace(stored, **{name: getattr(cell.row, name) for name in TYPED})
                 self.display.cell(self.rows[i])
 
     def _wanted(self) -> list[Node]:
@@ -128,12 +141,13 @@ class Matrix:
 
     def _stage(self, key: str) -> Stage | None:
         """The stage if it exists: what another driver has stored meanwhile counts."""
-        if key not in self.stages:
+        if key not in self.stages and key not in self.absent:
             found = self.store.stage(key)
             if found is None:
+                self.absent.add(key)
                 return None
             self.stages[key] = found
-        return self.stages[key]
+        return self.stages.get(key)
 
     # ------------------------------------------------------------ jobs
 
@@ -151,6 +165,7 @@ class Matrix:
             claim = self.store.claim(node.key)
             if claim is None:  # another driver is at it
                 continue
+            self.absent.discard(node.key)
             if self._stage(node.key) is not None:  # and has just finished
                 claim.release()
                 moved = True
@@ -159,16 +174,17 @@ class Matrix:
         return moved
 
     def _start(self, node: Node, claim: Claim) -> bool:
-        folder = Path(tempfile.mkdtemp(prefix=f"{node.kind}-", dir=self.work))
+        folder = self.work / f"{node.kind}-{uuid.uuid4().hex}"
         try:
             inputs = {role: self._open(key) for role, key in node.inputs.items()}
+            folder.mkdir()
             self.grants.fill(node, inputs, folder)
-        except Damaged as damage:  # forgotten by the store: it is computed again
-            self.display.note(f"a stored result is damaged and is computed again ({damage})")
-            claim.release()
-            return True
-        except (BbmclError, OSError) as error:
-            self._fail(node, Failure("failed", _line(error)), "", 0.0)
+        except (Damaged, BbmclError, OSError) as error:
+            if isinstance(error, Damaged):  # forgotten by the store: it is computed again
+                self.display.note(f"a stored result is damaged and is computed again ({error})")
+            else:
+                self._fail(node, Failure("failed", _line(error)), "", 0.0)
+            shutil.rmtree(folder, ignore_errors=True)  # on a full disk its files are what others lack
             claim.release()
             return True
         self.running[folder] = _Job(node, claim, time.monotonic())
@@ -207,13 +223,20 @@ class Matrix:
 
     def _commit(self, node: Node, event: Finished, seconds: float) -> None:
         out = event.folder / "out"
-        if node.kind == "predict":
-            try:
-                self.grants.judge(node, self._open(node.inputs["trial"]), out)
-            except Damaged as damage:
-                self.display.note(f"a stored result is damaged and is computed again ({damage})")
-                return
-        self.stages[node.key] = self.store.commit(self._finished(node, event.result), out)
+        try:
+            trial = self._open(node.inputs["trial"]) if node.kind == "predict" else None
+        except Damaged as damage:
+            self.display.note(f"a stored result is damaged and is computed again ({damage})")
+            self.display.finished(node.key, node.title, "ok", seconds)
+            return
+        try:
+            if trial is not None:
+                self.grants.judge(node, trial, out)
+            stage = self._finished(node, event.result)
+            self.stages[node.key] = self.store.commit(stage, out)
+        except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
+            self._fail(node, Failure("failed", f"left a result of no use: {_line(error)}"), event.log, seconds)
+            return
         self.display.finished(node.key, node.title, "ok", seconds)
 
     def _finished(self, node: Node, result: Mapping[str, Any]) -> Stage:
@@ -228,7 +251,7 @@ class Matrix:
             "versions": self.versions,
             "origin": self.origin,
         }
-        cost = {name: result[name] for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
+        cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)
 
     def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:
@@ -241,6 +264,9 @@ class Matrix:
     def _settle_cells(self) -> bool:
         """Score or give up every cell that can be; True if there was one."""
         moved = False
+        if self.seen != (changes := self.store.changes()):
+            self.seen = changes
+            self.absent.clear()
         for i, cell in enumerate(self.plan.cells):
             if i in self.rows:
                 continue
@@ -262,29 +288,28 @@ class Matrix:
 
     def _score(self, cell: Cell) -> Row | None:
         """The finished row, or None while something is still to be computed."""
-        common = self.grants.common
-        cell = dataclasses.replace(cell, row=dataclasses.replace(
-            cell.row, versions=self.versions, threads=common["threads"], isolation=common["isolation"],
-        ))  # fmt: skip
         before = self._score_stage(cell.before)
         if before is None:
             cause = self._cause(cell.before)
             return None if cause is None else self._failed(cell, cause)
+        if cell.after is None:
+            return self._with_stages(self._undefended(cell, before), before)
+        if evaluate.gate(before["asr"]) == "weak":
+            return self._failed(self._undefended(cell, before), Failure("n/a", WEAK))
+        after = self._score_stage(cell.after)
+        if after is None:
+            cause = self._cause(cell.after)
+            return None if cause is None else self._failed(self._undefended(cell, before), cause)
+        der = evaluate.der(before["asr"], after["asr"], before["ba"], after["ba"])
+        return self._with_stages(self._undefended(cell, before), {**after, "der": der})
+
+    def _undefended(self, cell: Cell, before: Mapping[str, Any]) -> Cell:
+        """The cell with what is known of its victim."""
         gate = evaluate.gate(before["asr"])
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
         )  # fmt: skip
-        cell = dataclasses.replace(cell, row=row)
-        if cell.after is None:
-            return self._with_stages(cell, before)
-        if gate == "weak":
-            return self._failed(cell, Failure("n/a", WEAK))
-        after = self._score_stage(cell.after)
-        if after is None:
-            cause = self._cause(cell.after)
-            return None if cause is None else self._failed(cell, cause)
-        der = evaluate.der(before["asr"], after["asr"], before["ba"], after["ba"])
-        return self._with_stages(cell, {**after, "der": der})
+        return dataclasses.replace(cell, row=row)
 
     def _cause(self, key: str) -> Failure | None:
         """The failure that keeps a stage from existing, however far up; None while there is hope."""
@@ -307,34 +332,55 @@ class Matrix:
             except Damaged as damage:
                 self.display.note(f"stored predictions are damaged and are computed again ({damage})")
                 return None
-            counted = found["counted"].astype(bool)
-            self.scores[key] = evaluate.measure(found["clean"], found["triggered"], found["y"], found["goal"], counted)
+            try:
+                counted = found["counted"].astype(bool)
+                self.scores[key] = evaluate.measure(
+                    found["clean"], found["triggered"], found["y"], found["goal"], counted
+                )
+            except (BbmclError, ValueError, KeyError) as error:
+                self.failures[key] = Failure("failed", f"its predictions cannot be scored: {_line(error)}")
+                return None
         return self.scores[key]
 
     def _failed(self, cell: Cell, cause: Failure) -> Row:
-        return dataclasses.replace(cell.row, state=cause.state, reason=cause.reason)  # type: ignore[arg-type]
+        common = self.grants.common
+        return dataclasses.replace(
+            cell.row, state=cause.state, reason=cause.reason,  # type: ignore[arg-type]
+            versions=self.versions, threads=common["threads"], isolation=common["isolation"],
+        )  # fmt: skip
 
     def _with_stages(self, cell: Cell, measured: Mapping[str, Any]) -> Row:
         # predictions may outlive what they were made from: a damaged stage is forgotten, and not needed for a row
         own = [stage for key in cell.own if (stage := self._stage(key)) is not None]
         shared = [stage for key in cell.shared if (stage := self._stage(key)) is not None]
         judged = self.stages[cell.after or cell.before]
-        seconds = sum(float(stage.cost.get("seconds", 0)) for stage in own)
+        seconds = _seconds(own) if len(own) == len(cell.own) else None
+        beside = _seconds(shared) if len(shared) == len(cell.shared) else None
         extra: dict[str, Any] = {}
         for stage in shared:
             if stage.kind == "invert":
-                meta = artefacts.read_meta(self._open(stage.key))
-                extra = {"inverter_success": meta["success"], "inverter_l1": meta["l1"]}
+                try:
+                    meta = artefacts.read_meta(self._open(stage.key))
+                except Damaged as damage:
+                    self.display.note(f"a stored inversion is damaged, its success is left out ({damage})")
+                else:
+                    extra = {"inverter_success": meta["success"], "inverter_l1": meta["l1"]}
         worker = own[0] if own else judged
+        guests = [worker, *(stage for stage in shared if stage.kind == "invert")]  # whose methods a defense relies on
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
-            seconds_shared=seconds + sum(float(stage.cost.get("seconds", 0)) for stage in shared),
+            seconds_shared=None if seconds is None or beside is None else seconds + beside,
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
-            isolation=worker.numerics["isolation"], strays=tuple(worker.numerics.get("strays", ())),
+            isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
+            strays=tuple(dict.fromkeys(path for stage in guests for path in stage.numerics.get("strays", ()))),
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in own + shared if s.kind != "train"}, "model": cell.victim,
                     "before": cell.before, "predict": judged.key},
         )  # fmt: skip
+
+
+def _seconds(stages: Sequence[Stage]) -> float:
+    return sum(float(stage.cost.get("seconds", 0)) for stage in stages)
 
 
 def _line(error: Exception) -> str:

@@ -6,11 +6,12 @@ construction, and `params` gives back every resolved value. Free of torch.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import typing
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -62,8 +63,8 @@ def _where(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def explain(label: str, error: ValidationError) -> str:
-    """One line for a pydantic error: what was given, what was expected.
+def explain(label: str, error: ValidationError, known: Collection[str] = ()) -> str:
+    """One line for a pydantic error: what was given, what was expected. known: the parameters that there are.
 
     Example: `mcldef: temperature=-1: Input should be greater than 0`
     """
@@ -71,7 +72,9 @@ def explain(label: str, error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            parts.append(f"has no parameter {name!r}")
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known) or 'none'}"
+            parts.append(f"no parameter {name!r}; {hint}")
         elif item["type"] == "missing":
             parts.append(f"needs a value for {name!r}")
         else:
@@ -88,7 +91,8 @@ def _validated(init: Callable[..., None]) -> Callable[..., None]:
             try:
                 checked = schema(cls)(**given)
             except ValidationError as error:
-                raise UserError(explain(getattr(cls, "name", cls.__name__), error)) from None
+                known = list(schema(cls).model_fields)
+                raise UserError(explain(getattr(cls, "name", cls.__name__), error, known)) from None
             given = {name: getattr(checked, name) for name in type(checked).model_fields}
             self.__dict__["_params"] = dict(given)
         init(self, **given)

@@ -7,7 +7,7 @@ different cells are one node, and what a store holds is never computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,10 +65,6 @@ class Plan:
     nodes: dict[str, Node] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
 
-    def inputs_of(self, key: str) -> Iterator[str]:
-        """Keys of the stages that must exist before `key`."""
-        yield from self.nodes[key].inputs.values()
-
 
 class Builder:
     """Makes the nodes of one request; each method returns the key of the stage that it names."""
@@ -78,6 +74,7 @@ class Builder:
         self.plan = Plan()
         data = request.data
         self.data = {"hash": data.hash, "mean": list(data.mean), "std": list(data.std), "flip_ok": data.flip_ok}
+        self.clean_n = cells.clean_count(data.n_train, request.clean_rate)
 
     def node(self, kind: Kind, title: str, spec: Mapping[str, Any], **rest: Any) -> str:
         full = {"stage": kind, **spec}
@@ -169,22 +166,28 @@ class Builder:
             for need in defense.needs.values():
                 inverter = request.inverters[need["method"]].label
                 resolved["inverter"] = dict(request.inverters[need["method"]].identity)
-        count = len(cells.clean_index(request.data.n_train, request.clean_rate, 0))
         return Row(
             key=key, dataset=request.dataset.label, model=request.model.label, attack=attack.label,
             defense=BEFORE if defense is None else defense.label, victim_seed=seed, defense_seed=defense_seed,
             clean_rate=None if defense is None else request.clean_rate, state="failed",
             knows=() if defense is None else defense.knows,
             uses_labels=None if defense is None else defense.uses_labels,
-            inverter=inverter, clean_n=None if defense is None else count, target=attack.attack_target,
+            inverter=inverter, clean_n=None if defense is None else self.clean_n, target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
             toy=request.data.toy, params=resolved,
         )  # fmt: skip
 
-    def cell(self, attack: Described, defense: Described | None, seed: int, defense_seed: int | None) -> None:
+    def undefended(self, attack: Described, seed: int) -> tuple[str, str, str]:
+        """Victim, its triggered test images, its predictions."""
         victim = self.train(attack, seed)
         trial = self.trial(attack, seed, victim)
-        before = self.predict(victim, trial, f"before on {attack.label} {seed}", seed, None)
+        return victim, trial, self.predict(victim, trial, f"before on {attack.label} {seed}", seed, None)
+
+    def cell(
+        self, attack: Described, seed: int, undefended: tuple[str, str, str], defense: Described | None = None,
+        defense_seed: int | None = None,
+    ) -> None:  # fmt: skip
+        victim, trial, before = undefended
         after, own, shared = None, (before,), (victim,)
         if defense is not None and defense_seed is not None:
             repaired = self.defend(defense, attack, victim, seed, defense_seed, before)
@@ -201,10 +204,11 @@ def build(request: Request) -> Plan:
     builder = Builder(request)
     for attack in request.attacks:
         for seed in request.seeds:
-            builder.cell(attack, None, seed, None)
+            undefended = builder.undefended(attack, seed)
+            builder.cell(attack, seed, undefended)
             for defense in request.defenses:
                 for defense_seed in request.defense_seeds:
-                    builder.cell(attack, defense, seed, defense_seed)
+                    builder.cell(attack, seed, undefended, defense, defense_seed)
     return builder.plan
 
 

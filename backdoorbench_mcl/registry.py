@@ -118,7 +118,10 @@ class Registry:
         out = []
         for want, (request, offer), reply in zip(wanted, requests, replies, strict=True):
             if "error" in reply:
-                raise UserError(reply["error"])
+                line = str(reply["error"])
+                if want.kind == "recipe" and line.startswith("recipe:"):  # as the user knows it: train or defend
+                    line = want.selection.name + line[len("recipe") :]
+                raise UserError(line)
             out.append(_described(want, request, offer, reply["ok"]))
         return out
 

@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from . import cells, datacache, params, presets, provenance
-from .errors import UserError
+from .errors import PluginError, UserError
 from .params import Selection
-from .plugins import Kind
+from .plugins import Kind, Offer
 from .registry import Described, Registry, Wanted
 
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
@@ -61,7 +61,6 @@ class Request:
     budget: str
     device: str
     precision: Precision
-    notes: Sequence[str] = field(default_factory=tuple)
 
 
 def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
@@ -144,6 +143,21 @@ class _Settings:
                 raise UserError(f"--set {name}...: nothing selected is called {name!r}; {hint}")
 
 
+def _check_declarations(defense: Described, offer: Offer) -> None:
+    """What a table shows of a method's knowledge must be all of it. Raises PluginError."""
+    undeclared = sorted(set(defense.knows) - set(offer.entry.may_know))
+    if undeclared:  # `--defenses all` goes by the entry
+        raise PluginError(
+            f"plugin {offer.plugin.id}: {defense.label} is told {', '.join(undeclared)}, which its Entry does not list "
+            f"in may_know={offer.entry.may_know!r}"
+        )
+    if defense.needs and "target" not in defense.knows:  # a trigger is fitted to the target, and gives it away
+        raise PluginError(
+            f"plugin {offer.plugin.id}: {defense.label} needs {', '.join(sorted(defense.needs))}, an inverted trigger, "
+            "which tells it the target label; add 'target' to its `knows`"
+        )
+
+
 def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Request:
     """Everything that `options` asks for, checked. Raises UserError with one line for the first thing that is wrong."""
     preset = _one_of("--preset", options.preset, presets.PRESETS)
@@ -186,6 +200,8 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     chosen = [params.selection(text) for text in needed]
     inverters = registry.describe([Wanted("inverter", selection, table.of(selection)) for selection in chosen])
     table.check()
+    for selection, defense in zip(defenses, found_defenses, strict=True):
+        _check_declarations(defense, registry.find("defense", selection.name))
 
     data = prepare(dataset, options.data_root, cells.key({"dataset": dataset.identity}))
     for attack in found_attacks:
@@ -194,7 +210,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
                 f"{attack.label}: target={attack.attack_target}, but {dataset.label} has the labels 0 to "
                 f"{data.classes - 1}; set {attack.label.partition('(')[0]}.target"
             )
-    cells.clean_index(data.n_train, options.clean_rate, 0)  # says so if that is no image at all
+    cells.clean_count(data.n_train, options.clean_rate)  # says so if that is no image at all
     return Request(
         dataset, data, model, found_attacks, found_defenses, dict(zip(needed, inverters, strict=True)), train, defend,
         seeds, defense_seeds, options.clean_rate, preset, budget, device, precision,

@@ -63,7 +63,7 @@ class Row:
     knows: tuple[str, ...] = ()
     uses_labels: bool | None = None
     inverter: str | None = None
-    inverter_success: float | None = None  # % of clean non-target images that the inverted trigger sends to the target
+    inverter_success: float | None = None  # % of the clean images that the victim calls otherwise
     inverter_l1: float | None = None
     clean_n: int | None = None  # clean images used
     target: int | None = None

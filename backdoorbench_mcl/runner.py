@@ -46,18 +46,25 @@ class Resources:
     isolation: Isolation
 
 
+def check(settings: Settings) -> None:
+    """Raises UserError for numbers out of range: before data are prepared, which may take minutes."""
+    for name, given in (("--workers", settings.workers), ("--threads-per-job", settings.threads)):
+        if given is not None and not 1 <= given <= 1024:
+            raise UserError(f"{name} {given}: expected a number from 1 to 1024")
+    if settings.timeout is not None and not settings.timeout > 0:  # nan as well
+        raise UserError(f"--timeout {settings.timeout}: expected seconds above 0")
+    if settings.isolation not in ("auto", "landlock", "process", "inline"):
+        raise UserError(f"--isolation {settings.isolation!r}: expected auto, landlock, process or inline")
+    if settings.isolation == "landlock" and confine.abi_version() == 0:
+        raise UserError("--isolation landlock: this kernel has none; use auto, and the rows say what was reached")
+
+
 def resources(settings: Settings, device: str) -> Resources:
     """The static rules of design 3.3: on a CPU one worker per core with one thread each (up to MAX_WORKERS), on CUDA
     one worker; a single worker gets every core. Raises UserError for numbers out of range.
     """
+    check(settings)
     cores = provenance.cores()
-    for name, given in (("--workers", settings.workers), ("--threads-per-job", settings.threads)):
-        if given is not None and not 1 <= given <= 1024:
-            raise UserError(f"{name} {given}: expected a number from 1 to 1024")
-    if settings.timeout is not None and settings.timeout <= 0:
-        raise UserError(f"--timeout {settings.timeout}: expected seconds above 0")
-    if settings.isolation not in ("auto", "landlock", "process", "inline"):
-        raise UserError(f"--isolation {settings.isolation!r}: expected auto, landlock, process or inline")
     inline = settings.isolation == "inline"
     default = 1 if inline or device.startswith("cuda") else min(cores, MAX_WORKERS)
     workers = 1 if inline else settings.workers or default
@@ -143,12 +150,13 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
 
 def dry_run(options: Options, settings: Settings) -> list[str]:
     """What a run would do, in lines: cells, missing and stored stages. Computes nothing but the data cache."""
+    check(settings)
     known = registry()
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))
     using = resources(settings, asked.device)
     graph = plan.build(asked)
     stored: set[str] = set()
-    if settings.runs.exists():
+    if (settings.runs / "store.sqlite").exists():
         store = Store(settings.runs)
         stored = {key for key in graph.nodes if store.stage(key) is not None}
         store.close()
@@ -168,6 +176,7 @@ def run_matrix(
     `announce` receives the lines of `summary` and every plugin problem. Raises UserError for a request that cannot
     be met; a cell that fails is a row with its reason instead.
     """
+    check(settings)
     known = registry(announce)
     for problem in known.plugins.problems:
         announce(str(problem))

@@ -120,6 +120,10 @@ class Store:
         key, kind, spec, artefact, numerics, cost = found
         return Stage(key, kind, json.loads(spec), artefact, json.loads(numerics), json.loads(cost))
 
+    def changes(self) -> int:
+        """A number that changes when another driver has written."""
+        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+
     def stages(self) -> list[Stage]:
         """Every finished stage, oldest first."""
         keys = [key for (key,) in self._db.execute("SELECT key FROM stage ORDER BY created, key")]
@@ -132,8 +136,7 @@ class Store:
         except Damaged:
             with self._transaction() as db:
                 db.execute("DELETE FROM stage WHERE artefact = ?", (stage.artefact,))
-            if self.artefacts.path(stage.artefact).exists():
-                self.artefacts.drop(stage.artefact)
+            self.artefacts.drop(stage.artefact)
             raise
 
     def commit(self, stage: Stage, source: Path) -> Stage:
@@ -202,10 +205,11 @@ class Store:
         return None if found is None else (found[0], found[1], found[2])
 
     def put_row(self, row: Row) -> None:
-        """Store the row of a cell, in place of an earlier one of the same key."""
+        """Store the row of a cell, in place of an earlier one of the same key; what is measured outlives a failure."""
         with self._transaction() as db:
             db.execute(
-                "INSERT OR REPLACE INTO row VALUES (?, ?, ?, ?)",
+                "INSERT INTO row VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET state = excluded.state, "
+                "data = excluded.data, created = excluded.created WHERE row.state != 'ok' OR excluded.state = 'ok'",
                 (row.key, row.state, json.dumps(row.as_dict()), time.time()),
             )
 

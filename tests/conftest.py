@@ -54,7 +54,8 @@ def reference(toy_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
         [*command, "--dry-run"], env=toy_env, capture_output=True, timeout=240, check=True
     )  # fills the cache
     started = time.monotonic()
-    done = subprocess.run(command, env=toy_env, capture_output=True, timeout=240, check=True)
+    done = subprocess.run(command, env=toy_env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
     seconds = time.monotonic() - started
     store = Store(runs)
     artefacts = {stage.key: stage.artefact for stage in store.stages()}

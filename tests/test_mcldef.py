@@ -193,6 +193,7 @@ def test_the_frozen_victim_is_a_copy_that_never_moves(monkeypatch: pytest.Monkey
     model = Tiny()
     ctx = Bench().defense(images(), patch(), target=1)
     assert MCLDef(clean_anchor=1.0, bn_refresh=True).defend(model, ctx) is model
+    assert not model.training
     assert same(state(victims[0]), state(Tiny()))
     assert not same(state(model), state(Tiny()))
     assert not victims[0].training
@@ -317,6 +318,7 @@ def test_bn_refresh_sees_the_target_class_even_where_the_training_does_not(monke
 
 def test_refresh_is_the_average_over_equal_parts() -> None:
     model, clean = Tiny(), images(22)
+    model.bn.num_batches_tracked.fill_(1000)  # type: ignore[union-attr]  # a long training must not weigh on the average
     refresh_batchnorm(model, clean, size=8)
     means, variances = [], []
     for part in (clean.x[:8], clean.x[8:15], clean.x[15:]):

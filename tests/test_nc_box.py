@@ -184,6 +184,16 @@ def test_a_resumed_search_ends_in_the_same_bits(limits: dict[str, Any]) -> None:
         assert len(again.ticks) == len(bench.ticks) - save[1]["step"]
 
 
+def test_the_mask_is_fitted_to_augmented_images() -> None:
+    """Spec 2.4: the inversion sees the repair's augmentation, and shifts alone make another mask."""
+    found = []
+    for augment in ("none", "none", "crop+flip"):
+        bench = Bench(recipe=Recipe(augment=augment))
+        found.append(NCBox(lr=0.05, steps=3, batch=24).invert(Tiny(), 2, bench.inverter(images())).mask)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-4)
+
+
 def test_steps_count_steps_and_passes_stay_passes() -> None:
     _, bench = run(NCBox(steps=7, batch=8), Memory(), 1)  # 24 images: 3 steps a pass
     assert [done for done, _, _ in bench.ticks] == [1, 2, 3, 4, 5, 6, 7]

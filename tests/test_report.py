@@ -169,6 +169,19 @@ def test_floor_is_pooled_over_seeds() -> None:
     assert not line([replace(row, ftr_k=170) for row in rows])["ft"].floor
 
 
+def test_a_floor_that_the_repair_itself_raised_excuses_no_asr() -> None:
+    """A model that calls everything the target has ASR = FTR = 100; it must not be tied with the best."""
+    before = make("badnets", "before", 99.64, 82.4, ftr=3.0)
+    good = make("badnets", "ft", 3.2, 79.0, ftr=3.1)
+    cells = line([before, good, make("badnets", "nad", 100.0, 10.0, ftr=100.0, tca=100.0)])
+    assert not cells["nad"].floor
+    assert (cells["ft"].asr_rank, cells["nad"].asr_rank) == ("best", "second")
+    level = [make("badnets", name, asr, ftr=ftr) for name, asr, ftr in (("nad", 3.9, 4.0), ("mcldef", 4.0, 4.1))]
+    cells = line([before, *level])
+    assert (cells["nad"].floor, cells["mcldef"].floor) == (True, False)  # one point above the victim's is tolerated
+    assert line(level)["mcldef"].floor  # the victim's FTR is not known
+
+
 def test_mean_over_victims_sd_over_victims() -> None:
     rows = [make("badnets", "ft", 4.0, ba, victim=v, draw=d) for v, d, ba in [(0, 0, 80), (0, 1, 82), (1, 0, 84)]]
     ba = line(rows)["ft"].ba

@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Literal
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
+STATES = ("ok", "failed", "diverged")  # that a job's own result may have
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class _Reporter:
             self.messages.send((done, total, self.images / max(now - self.start, 1e-9)))
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block: a child that is half started would be nobody's to end.
+
+    The fork server must be running, or it and its children would inherit that they wait.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -87,15 +102,15 @@ def _end_with_parent() -> None:
 def _child(folder: str, messages: Connection) -> None:
     """The first function of a child: its output goes to the job's log, its life hangs on its parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
-    try:
-        log = os.open(os.path.join(folder, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except FileNotFoundError:  # the driver was stopped while it started this child, and has cleaned up
-        os._exit(1)
+    log = os.open(os.path.join(folder, LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     os.environ["TMPDIR"] = folder
+    del sys.argv[1:]  # a copy of the driver's: attacks and their parameters are not for every job to know
+    for name in [name for name in os.environ if name.startswith("BBMCL_")]:  # nor where results and data lie
+        del os.environ[name]
     jobs = importlib.import_module("backdoorbench_mcl.jobs")
     jobs.run(Path(folder), _Reporter(messages), threading.Thread(target=_end_with_parent, daemon=True).start)
 
@@ -136,12 +151,14 @@ class Local:
                 jobs.run(folder, lambda done, total, images: None, lambda: None)
             self._done.append(self._conclude(folder, 0, False))
             return
-        receive, send = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_child, args=(str(folder), send), daemon=True)
-        process.start()
-        send.close()
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        self._running[folder] = _Running(folder, process, receive, deadline)
+        forkserver.ensure_running()
+        with _undisturbed():
+            receive, send = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=_child, args=(str(folder), send), daemon=True)
+            process.start()
+            send.close()
+            deadline = None if self.timeout is None else time.monotonic() + self.timeout
+            self._running[folder] = _Running(folder, process, receive, deadline)
 
     def events(self, patience: float = 0.5) -> list[Progress | Finished]:
         """What happened since the last call; waits up to `patience` seconds for something to happen."""
@@ -190,12 +207,14 @@ class Local:
             return Finished(folder, "timeout", f"took longer than --timeout {self.timeout:g} s", log)
         try:
             result = json.loads((folder / RESULT).read_text())
-        except (OSError, ValueError):
+            if result["state"] not in STATES:
+                raise ValueError(f"state {result['state']!r}")
+            return Finished(folder, result["state"], str(result["reason"]), log, result)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or one that `jobs.run` did not write
             if exitcode == -signal.SIGKILL:
                 return Finished(folder, "killed", "was killed (SIGKILL), perhaps for memory; try fewer --workers", log)
             how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit status {exitcode}"
             return Finished(folder, "killed", f"its process ended without a result ({how})", log)
-        return Finished(folder, result["state"], result["reason"], log, result)
 
     def close(self) -> None:
         """Kill what still runs and wait for it."""

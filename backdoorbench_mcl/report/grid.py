@@ -1,7 +1,8 @@
 """Rows -> blocks of attacks x defenses, ranked and marked; the formats only print what is decided here.
 
 Ranking is per attack and leaves out whatever cannot be compared: the undefended victim, flagged attacks, cells in
-which a run failed, cells that deleted the target class. Cells whose ASR is not above FTR are all best (spec 12.2).
+which a run failed, cells that deleted the target class. Cells whose ASR is not above FTR are all best (spec 12.2),
+unless the repair itself raised FTR: then its ASR is ranked like any other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal, TypeVar
 
 from ..errors import UserError
-from ..evaluate import target_class_erased, tied_at_floor
+from ..evaluate import floor_raised, target_class_erased, tied_at_floor
 from ..rows import Row
 from ..text import one_line
 
@@ -45,7 +46,7 @@ class Cell:
     runs: tuple[Row, ...]
     asr: Stat | None = None
     ba: Stat | None = None
-    floor: bool = False  # ASR not above FTR, pooled
+    floor: bool = False  # ASR not above FTR, pooled, and FTR about the victim's
     erased: bool = False  # at least one run deleted the target class
     asr_rank: Rank = ""
     ba_rank: Rank = ""
@@ -212,12 +213,19 @@ def _cell(runs: Sequence[Row], before: Sequence[Row]) -> Cell:
         cell,
         asr=_stat(cell.ok, "asr"),
         ba=_stat(cell.ok, "ba"),
-        floor=tied_at_floor(*cell.ok),
+        floor=tied_at_floor(*cell.ok) and not floor_raised(cell.mean("ftr"), _before_of(cell.ok, before, "ftr")),
         erased=any(
             target_class_erased(row.tca, known.get(row.victim_seed) if row.tca_before is None else row.tca_before)
             for row in cell.ok
         ),
     )
+
+
+def _before_of(runs: Sequence[Row], before: Sequence[Row], name: str) -> float | None:
+    """Mean of a field of the undefended victims that `runs` repaired, None unless all of them have it."""
+    faced = {row.victim_seed for row in runs}
+    values = [getattr(row, name) for row in before if row.victim_seed in faced]
+    return fmean(values) if len(values) == len(faced) and None not in values and values else None
 
 
 def _stat(rows: Iterable[Row], name: str) -> Stat | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -89,7 +91,7 @@ class Same(Defense):
 
 Offence = Literal[
     "raise", "exit", "hang", "segfault", "kill", "nan", "architecture", "nothing", "grant", "print", "read-trigger",
-    "walk-memory", "full-disk",
+    "walk-memory", "full-disk", "tell",
 ]  # fmt: skip
 
 
@@ -131,6 +133,9 @@ class Offender(Defense):
             found = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.dtype == torch.uint8 and t.ndim == 4]
             if any(len(t) > len(ctx.clean) for t in found):
                 raise AssertionError("more images in memory than were granted")
+        if how == "tell":
+            known = {"argv": sys.argv, "environ": [name for name in os.environ if name.startswith("BBMCL_")]}
+            raise RuntimeError(json.dumps(known))
         if how == "full-disk":
             raise OSError(28, "No space left on device", "scratch")
         return model

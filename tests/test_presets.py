@@ -1,0 +1,116 @@
+"""Presets against the specification: the numbers that `paper`, `authors` and `clean` stand for (spec 0.2, 0.3, 4.9)."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import one_thread as one_thread
+
+from backdoorbench_mcl.api import Method, Recipe
+from backdoorbench_mcl.presets import BUDGETS, PRESETS, settings
+from bbmcl_attacks.badnets import BadNets
+from bbmcl_attacks.blend import Blend
+from bbmcl_attacks.none import NoAttack
+from bbmcl_defenses.ft import FT
+from bbmcl_defenses.mcldef import MCLDef
+from bbmcl_inverters.nc_box import NCBox
+
+CIFAR, GTSRB = 50_000, 26_640  # training images
+
+
+def rates(recipe: Recipe, images: int) -> list[tuple[int, float]]:
+    """The schedule as (epoch, learning rate) at each change; it may change between epochs only."""
+    per_epoch, total = -(-images // recipe.batch), recipe.total(images)
+    out: list[tuple[int, float]] = []
+    for step in range(total):
+        rate = round(recipe.lr_at(step, total), 9)
+        if not out or out[-1][1] != rate:
+            assert step % per_epoch == 0
+            out.append((step // per_epoch, rate))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "augment", "nesterov", "schedule"),
+    [
+        ("paper", 50, "none", False, [(0, 0.1), (20, 0.01), (30, 0.001)]),
+        ("authors", 50, "none", True, [(0, 0.1), (20, 0.001), (29, 0.0009)]),
+        ("clean", 100, "crop+flip", False, [(0, 0.1), (20, 0.01), (70, 0.001)]),
+    ],
+)
+def test_victims_on_cifar10(
+    preset: str, epochs: int, augment: str, nesterov: bool, schedule: list[tuple[int, float]]
+) -> None:
+    recipe = Recipe(**settings(preset, "full", "cifar10")["train"])  # type: ignore[arg-type]
+    assert (recipe.epochs, recipe.steps, recipe.augment, recipe.nesterov) == (epochs, None, augment, nesterov)
+    assert (recipe.batch, recipe.momentum, recipe.weight_decay) == (64, 0.9, 1e-4)
+    assert rates(recipe, CIFAR) == schedule
+    assert recipe.total(CIFAR) == 782 * epochs
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_repairs_follow_the_table_of_the_code(preset: str) -> None:
+    recipe = Recipe(**settings(preset, "full", "cifar10")["defend"])  # type: ignore[arg-type]
+    assert (recipe.epochs, recipe.batch, recipe.momentum, recipe.weight_decay) == (20, 64, 0.9, 1e-4)
+    assert recipe.augment == "crop+flip"
+    assert recipe.total(2500) == 800
+    assert rates(recipe, 2500) == [(0, 0.1), (1, 0.01), (10, 0.001)]
+    slow = Recipe(**settings(preset, "full", "gtsrb")["defend"])  # type: ignore[arg-type]
+    assert rates(slow, 1332) == [(0, 0.01), (2, 0.001), (10, 0.0001)]
+    assert Recipe(**settings(preset, "full", "gtsrb")["train"]).lr == 0.01  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (BadNets(), {"target": 5, "rate": 0.1, "margin": 0, "size": 3}),
+        (Blend(), {"target": 5, "rate": 0.1, "alpha": 0.1, "colours": "random"}),
+        (NoAttack(), {"target": 5}),
+        (FT(), {"nesterov": True, "lr": None, "epochs": None, "steps": None}),
+        (
+            NCBox(),
+            {
+                "lr": 0.005, "lam": 0.01, "epochs": 100, "steps": None, "patience": 30, "batch": 64, "box": "pixel",
+                "binarize": "none",
+            },
+        ),
+        (
+            MCLDef(),
+            {
+                "inverter": "nc-box", "temperature": 0.5, "clean_anchor": 0.0, "exclude_target_class": False,
+                "exclude_negative_on_target": False, "ce": 0.0, "bn_refresh": False, "nesterov": False, "lr": None,
+                "epochs": None, "steps": None,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_of_the_classes_are_preset_paper(method: Method, expected: dict[str, object]) -> None:
+    assert method.params == expected
+    assert not settings("paper", "full", "cifar10").get(method.name)
+
+
+def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
+    paper, authors, clean = (settings(preset, "full", "cifar10") for preset in PRESETS)
+    assert set(paper) == {"train", "defend"}
+    assert {name: authors[name] for name in set(authors) - set(paper)} == {
+        "nc-box": {"box": "normalized"},
+        "blend": {"alpha": 0.2, "colours": "grey"},
+    }
+    assert {name: clean[name] for name in set(clean) - set(paper)} == {"mcldef": {"bn_refresh": True}}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_budgets_change_only_how_much_is_done(preset: str) -> None:
+    full, mid, quick = (settings(preset, budget, "cifar10") for budget in BUDGETS)  # type: ignore[arg-type]
+    assert mid == {**full, "train": {**full["train"], "epochs": 15}}
+    changed = {
+        name: {key for key, value in quick[name].items() if full.get(name, {}).get(key) != value} for name in quick
+    }
+    assert {name: keys for name, keys in changed.items() if keys} == {
+        name: {"steps"} for name in ("train", "defend", "nc-box")
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_toy_learns_its_blend_under_every_preset(preset: str) -> None:
+    """docs/shapes.md: fainter patches stay below the gate on `shapes`, so that no defense would run there."""
+    assert settings(preset, "quick", "shapes")["blend"]["alpha"] == 0.7  # type: ignore[arg-type]
