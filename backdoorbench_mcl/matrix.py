@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from .plan import Cell, Node, Plan
 from .progress import Progress as Display
 from .rows import FINAL_STATES, Row
 from .store import Claim, Stage, Store
+from .workdir import WorkFolder
 
 WEAK = "weak attack"
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
@@ -70,7 +70,7 @@ class Matrix:
         self.running: dict[Path, _Job] = {}
         self.rows: dict[int, Row] = {}
         self.scores: dict[str, dict[str, Any]] = {}
-        self.work = Path(tempfile.mkdtemp(prefix="bbmcl-"))
+        self.work = WorkFolder()
         self.versions = provenance.versions()
         self.origin = provenance.collect()
 
@@ -96,7 +96,7 @@ class Matrix:
             self.engine.close()
             for job in self.running.values():
                 job.claim.release()
-            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.close()
         return [self.rows[i] for i in range(len(self.plan.cells))]
 
     def _wait(self) -> None:
@@ -174,7 +174,7 @@ class Matrix:
         return moved
 
     def _start(self, node: Node, claim: Claim) -> bool:
-        folder = self.work / f"{node.kind}-{uuid.uuid4().hex}"
+        folder = self.work.path / f"{node.kind}-{uuid.uuid4().hex}"
         try:
             inputs = {role: self._open(key) for role, key in node.inputs.items()}
             folder.mkdir()

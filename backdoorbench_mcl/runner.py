@@ -180,7 +180,13 @@ def run_matrix(
     known = registry(announce)
     for problem in known.plugins.problems:
         announce(str(problem))
-    asked = request.resolve(options, known, prepare_data(known, cache_folder()))
+    find = prepare_data(known, cache_folder())
+
+    def prepare(dataset: Described, root: Path | None, key: str) -> datacache.DataInfo:
+        Store(settings.runs).close()  # an unwritable folder is said before minutes of preparation, not after
+        return find(dataset, root, key)
+
+    asked = request.resolve(options, known, prepare)
     using = resources(settings, asked.device)
     for line in summary(asked, using):
         announce(line)
