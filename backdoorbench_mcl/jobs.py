@@ -266,7 +266,22 @@ def defend(job: Job) -> None:
         )
     _require_finite(weights)
     job.save("weights", weights)
+    _check_forward(job, defense, repaired, context.clean)
     job.save_meta({"clean": len(context.clean)})
+
+
+def _check_forward(job: Job, defense: api.Defense, repaired: api.Classifier, clean: api.Images) -> None:
+    """Only weights are kept, so what a defense returns must compute what the network computes with its weights."""
+    rebuilt = job.classifier()
+    rebuilt.load_state_dict(repaired.state_dict())
+    x = next(clean.batches(64)).x
+    with torch.no_grad():
+        same = torch.allclose(repaired.eval()(x), rebuilt(x), rtol=0.05, atol=0.05)  # bf16 may differ by layout
+    if not same:
+        raise PluginError(
+            f"{defense.name}: defend() returned a model that does more than the network with its weights (a hook, "
+            "another normalisation, another class); only weights are kept, so put the repair into them"
+        )
 
 
 def predict(job: Job) -> None:

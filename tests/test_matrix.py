@@ -160,6 +160,8 @@ OFFENCES = {
     "kill": ("killed", "SIGKILL"),
     "nan": ("diverged", "weights are not finite"),
     "architecture": ("failed", "changed the architecture"),
+    "hook": ("failed", "does more than the network with its weights"),
+    "normalisation": ("failed", "does more than the network with its weights"),
     "nothing": ("failed", "returned NoneType, expected a Classifier"),
     "grant": ("failed", "did not declare; add 'trigger' to its `knows`"),
     "full-disk": ("failed", "no space left on the device"),

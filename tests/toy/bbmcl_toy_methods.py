@@ -91,7 +91,7 @@ class Same(Defense):
 
 Offence = Literal[
     "raise", "exit", "hang", "segfault", "kill", "nan", "architecture", "nothing", "grant", "print", "read-trigger",
-    "walk-memory", "full-disk", "tell",
+    "walk-memory", "full-disk", "hook", "normalisation", "tell",
 ]  # fmt: skip
 
 
@@ -121,6 +121,10 @@ class Offender(Defense):
                 next(model.parameters()).fill_(float("nan"))
         if how == "architecture":
             return _Net(7, 3)
+        if how == "hook":
+            model.register_forward_hook(lambda module, inputs, logits: logits.flip(1))
+        if how == "normalisation":
+            model.set_normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         if how == "nothing":
             return None  # type: ignore[return-value]
         if how == "grant":
