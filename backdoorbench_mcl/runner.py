@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import artefacts, cells, confine, datacache, params, plan, plugins, provenance, request
 from .engines.local import Finished, Isolation, Local
@@ -206,16 +207,25 @@ def run_matrix(
 
 
 def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-    """The rows of a runs folder that `keep` admits. Raises UserError where there is no such folder."""
+    """The rows of a runs folder that `keep` admits, by name and seed: not in the order in which they were finished.
+
+    Raises UserError where there is no such folder.
+    """
     if not (runs / "store.sqlite").exists():
         raise UserError(
             f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
         )
     store = Store(runs)
     try:
-        return [row for row in store.rows() if keep(row)]
+        return sorted(filter(keep, store.rows()), key=_by_name)
     finally:
         store.close()
+
+
+def _by_name(row: Row) -> tuple[Any, ...]:
+    undefended_first = row.defense != request.BEFORE
+    cell = (row.attack, row.victim_seed, undefended_first, row.defense, row.defense_seed or 0)
+    return (row.dataset, row.model, row.preset, row.budget, *cell)
 
 
 def exit_status(rows: Sequence[Row]) -> int:

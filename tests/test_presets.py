@@ -113,4 +113,4 @@ def test_budgets_change_only_how_much_is_done(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_toy_learns_its_blend_under_every_preset(preset: str) -> None:
     """docs/shapes.md: fainter patches stay below the gate on `shapes`, so that no defense would run there."""
-    assert settings(preset, "quick", "shapes")["blend"]["alpha"] == 0.7  # type: ignore[arg-type]
+    assert settings(preset, "quick", "shapes")["blend"]["alpha"] == 0.9  # type: ignore[arg-type]
