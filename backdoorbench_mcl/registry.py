@@ -90,6 +90,7 @@ class Registry:
         self, plugins: Plugins, cache: Path, timeout: float = 120.0, say: Callable[[str], None] = lambda line: None
     ) -> None:
         self.say = say
+        self.said = False
         self.plugins = plugins
         self.cache = cache / "descriptions"
         self.timeout = timeout
@@ -156,7 +157,9 @@ class Registry:
         replies = [_read(file) for file in files]
         missing = [i for i, reply in enumerate(replies) if reply is None]
         if missing:
-            self.say("reading methods (once: what they say is kept)")
+            if not self.said:
+                self.say("reading methods (once: what they say is kept)")
+                self.said = True
             fresh = self._child([requests[i] for i in missing])
             for i, reply in zip(missing, fresh, strict=True):
                 replies[i] = reply
