@@ -140,14 +140,31 @@ class Matrix:
         return sorted((node for key, node in ready.items() if key not in busy), key=lambda node: node.rank)
 
     def _stage(self, key: str) -> Stage | None:
-        """The stage if it exists: what another driver has stored meanwhile counts."""
+        """The stage if it exists: what another driver has stored meanwhile counts.
+
+        One that was made from other artefacts than those stored now (imported, or its victim was computed again on
+        another machine) is forgotten: no row may compare a repair with a victim that it did not repair.
+        """
         if key not in self.stages and key not in self.absent:
             found = self.store.stage(key)
+            if found is not None and not self._fits(found):
+                self.display.note(f"{self.plan.nodes[key].title}: made from other inputs, computed again")
+                self.store.forget(key)
+            if found is not None and self.plan.nodes[key].inputs:
+                found = self.store.stage(key)  # it went too if what it was made from has just been forgotten
             if found is None:
                 self.absent.add(key)
                 return None
             self.stages[key] = found
         return self.stages.get(key)
+
+    def _fits(self, stage: Stage) -> bool:
+        made_from: Mapping[str, str] = stage.numerics.get("inputs", {})
+        for role, key in self.plan.nodes[stage.key].inputs.items():
+            source = self._stage(key)
+            if source is not None and made_from.get(role, source.artefact) != source.artefact:
+                return False
+        return True
 
     # ------------------------------------------------------------ jobs
 
@@ -250,6 +267,7 @@ class Matrix:
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
             "origin": self.origin,
+            "inputs": {role: self.stages[key].artefact for role, key in node.inputs.items() if key in self.stages},
         }
         cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)

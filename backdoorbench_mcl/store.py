@@ -139,6 +139,20 @@ class Store:
             self.artefacts.drop(stage.artefact)
             raise
 
+    def forget(self, key: str) -> None:
+        """Drop the record of a stage and of all that was made from it, so that they are computed again.
+
+        Artefacts stay: another stage may have the same.
+        """
+        with self._transaction() as db:
+            doomed = [key]
+            while doomed:
+                found = db.execute("SELECT artefact FROM stage WHERE key = ?", (doomed[0],)).fetchone()
+                db.execute("DELETE FROM stage WHERE key = ?", (doomed.pop(0),))
+                if found is not None:  # `numerics` names the artefacts of a stage's inputs
+                    users = db.execute("SELECT key FROM stage WHERE numerics LIKE ?", (f'%"{found[0]}"%',))
+                    doomed += [user for (user,) in users]
+
     def commit(self, stage: Stage, source: Path) -> Stage:
         """Store a finished stage with the files of `source` as its artefact; the first of two drivers wins.
 

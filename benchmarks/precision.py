@@ -40,10 +40,11 @@ def run(asked: request.Request, builder: plan.Builder, store: Store, using: runn
     """The rows of a plan that must find its victims in the store."""
     for attack in asked.attacks:
         for seed in asked.seeds:
-            if store.stage(builder.train(attack, seed)) is None:
+            undefended = builder.undefended(attack, seed)
+            if store.stage(undefended[0]) is None:
                 raise SystemExit(f"no victim {attack.label} {seed} in {store.folder}: run bbmcl matrix first")
             for defense in asked.defenses:
-                builder.cell(attack, defense, seed, asked.defense_seeds[0])
+                builder.cell(attack, seed, undefended, defense, asked.defense_seeds[0])
     grants = Grants(
         asked.data, store, clean_rate=asked.clean_rate, device=asked.device, precision=asked.precision,
         threads=using.threads, isolation=using.isolation,

@@ -285,3 +285,23 @@ def test_without_landlock_a_stray_read_marks_the_row(finished: tuple[Path, list[
     assert (rows[1].state, rows[1].isolation) == ("ok", "process")
     assert str((tmp_path / "secret").resolve()) in rows[1].strays
     assert rows[2].strays == ()
+
+
+def test_a_repair_of_another_victim_is_not_compared_with_this_one(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    one = small.options(attacks="badnets", defenses="same")
+    first = runner.run_matrix(one, Settings(runs=runs), live=False)
+    store = Store(runs)
+    victim, repair = (next(s for s in store.stages() if s.kind == kind) for kind in ("train", "defend"))
+    other = dict(repair.numerics["inputs"], victim="0" * 64)  # as if it came from a machine whose victim differs
+    with store._transaction() as db:
+        db.execute("DELETE FROM row")
+        db.execute(
+            "UPDATE stage SET numerics = ? WHERE key = ?",
+            (json.dumps({**repair.numerics, "inputs": other}), repair.key),
+        )
+    again = runner.run_matrix(one, Settings(runs=runs), live=False)
+    assert small.essence(again) == small.essence(first)
+    made = Store(runs).stage(repair.key)
+    assert made is not None
+    assert made.numerics["inputs"] == {"victim": victim.artefact}
