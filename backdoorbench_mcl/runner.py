@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -169,6 +170,14 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     return lines
 
 
+def _require_room_for(runs: Path) -> None:
+    """Raise UserError where a runs folder plainly cannot be made; makes nothing itself."""
+    nearest = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "cannot be written" if nearest.is_dir() else "is a file"
+        raise UserError(f"the runs folder {runs} cannot be used: {nearest} {why}; name another one with --runs")
+
+
 def run_matrix(
     options: Options, settings: Settings, announce: Callable[[str], None] = lambda line: None, live: bool | None = None
 ) -> list[Row]:
@@ -184,7 +193,7 @@ def run_matrix(
     find = prepare_data(known, cache_folder())
 
     def prepare(dataset: Described, root: Path | None, key: str) -> datacache.DataInfo:
-        Store(settings.runs).close()  # an unwritable folder is said before minutes of preparation, not after
+        _require_room_for(settings.runs)  # said before minutes of preparation, not after
         return find(dataset, root, key)
 
     asked = request.resolve(options, known, prepare)

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "option": (tiny("--atacks", "x"), ["--atacks", "bbmcl matrix --help"]),
     "no attacks": (["matrix", "--defenses", "ft"], ["--attacks", "bbmcl matrix --help"]),
     "command": (["matrx"], ["matrx", "bbmcl --help"]),
-    "runs in the way": (tiny("--runs", "file"), ["file cannot be used", "Not a directory", "--runs"]),
+    "runs in the way": (tiny("--runs", "file"), ["file cannot be used", "is a file", "--runs"]),
     "runs below a file": (tiny("--runs", "file/runs"), ["file/runs cannot be used", "--runs"]),
     "runs where nothing can be made": (tiny("--runs", "/proc/bbmcl"), ["/proc/bbmcl cannot be used", "--runs"]),
     "config missing": (tiny("--config", "none.toml"), ["--config none.toml", "No such file"]),
