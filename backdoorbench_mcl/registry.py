@@ -53,10 +53,8 @@ class Described:
     kind: str
     label: str
     full_name: str
-    dist_version: str
     target: str
     suffix: str
-    given: Mapping[str, Any]
     params: Mapping[str, Any]
     version: int
     repr: str
@@ -198,10 +196,8 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         kind=want.kind,
         label=want.selection.label,
         full_name=f"{DIST}/recipe" if offer is None else offer.full_name,
-        dist_version="" if offer is None else offer.plugin.version,
         target=request["target"],
         suffix=want.selection.suffix,
-        given=request["params"],
         params=ok["params"],
         version=ok["version"],
         repr=ok["repr"],

@@ -117,7 +117,7 @@ def test_a_child_does_not_inherit_the_command_line(tmp_path: Path, monkeypatch: 
 
 def described(**changes: Any) -> Described:
     base = Described(
-        kind="defense", label="mydef", full_name="pkg/mydef", dist_version="1", target="a:B", suffix="", given={},
+        kind="defense", label="mydef", full_name="pkg/mydef", target="a:B", suffix="",
         params={}, version=1, repr="", identity={"name": "pkg/mydef", "version": 1, "params": {}},
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
