@@ -113,15 +113,15 @@ class Artefacts:
             scratch.mkdir(parents=True)
             for file in sorted([*source.glob("*.safetensors"), source / META]):
                 shutil.copyfile(file, scratch / file.name)
-                _sync(scratch / file.name)
-            _sync(scratch)
+                sync(scratch / file.name)
+            sync(scratch)
             final.parent.mkdir(exist_ok=True)
             try:
                 scratch.rename(final)
             except OSError:
                 if not final.exists():  # otherwise another driver was first with the same content
                     raise
-            _sync(final.parent)
+            sync(final.parent)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         self._verified.add(name)
@@ -146,7 +146,8 @@ class Artefacts:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -154,4 +155,4 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["META", "Artefacts", "Damaged", "identify", "read_meta", "tensors"]
+__all__ = ["META", "Artefacts", "Damaged", "identify", "read_meta", "sync", "tensors"]

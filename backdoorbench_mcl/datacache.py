@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .artefacts import sync
 from .errors import PluginError, UserError
 
 if TYPE_CHECKING:
@@ -137,12 +138,12 @@ def prepare(dataset: Dataset, root: Path | None, cache: Path, key: str) -> DataI
         info = _describe(dataset, source.note, key, parts, arrays)
         with _writing(cache):
             _write_json(temp / "manifest.json", {"hash": info.hash, "files": _fingerprints(temp)})
-            _flush_folder(temp)
+            sync(temp)
             _publish(temp, info.folder)
             place = _place(dataset, root, source.files)
             stored = {k: v for k, v in info.as_dict().items() if k != "folder"}  # the cache may be moved
             _write_json(index / _slot(key, place), {"info": stored, "place": place, "sources": sources})
-            _flush_folder(index)
+            sync(index)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return info
@@ -280,7 +281,7 @@ def _publish(temp: Path, final: Path) -> None:
                 os.rename(final, aside / "damaged")
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            _flush_folder(final.parent)
+            sync(final.parent)
             return
 
 
@@ -424,14 +425,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return body if outer["format"] == FORMAT and outer["seal"] == _seal(body) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 __all__ = [

@@ -95,6 +95,8 @@ class Grants:
         spec["attack_meta"] = artefacts.read_meta(inputs["victim"])["attack"]
 
     def _invert(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        if node.target is None:
+            raise PluginError(f"{node.methods['inverter'].label} needs one target label; this attack has none")
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
         self._clean(node, into, labels=False)
         spec["grants"] = {"target": node.target}

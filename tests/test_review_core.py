@@ -106,6 +106,18 @@ def test_the_judge_is_not_told_how_its_images_were_shuffled(specs: dict[str, dic
     assert str(finished) not in text
 
 
+def test_an_inversion_without_a_target_label_is_one_line(finished: Path, tmp_path: Path) -> None:
+    asked = small.resolve(TINY)
+    store = Store(finished)
+    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision="fp32", threads=1, isolation="process")
+    node = next(node for node in plan.build(asked).nodes.values() if node.kind == "invert")
+    victim = store.stage(node.inputs["victim"])
+    assert victim is not None
+    with pytest.raises(PluginError, match=r"nc-box.* needs one target label; this attack has none"):
+        grants.fill(dataclasses.replace(node, target=None), {"victim": store.open(victim)}, tmp_path)
+    store.close()
+
+
 def test_a_child_does_not_inherit_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bbmcl", "matrix", "--attacks", "badnets(target=7)"])
     asked = small.options(attacks="none(target=1)", defenses="offender(how=tell)", overrides=("train.steps=5",))
