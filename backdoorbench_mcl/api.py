@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import AccessDenied, Diverged, PluginError, UserError
-from .method import Count, Ge, Gt, Interval, Knowledge, Label, Le, Lt, Method, NonNegative, Positive, Rate
+from .errors import AccessDenied, Diverged, NotApplicable, PluginError, UserError
+from .method import Count, Ge, Gt, Interval, Knowledge, Label, Le, Lt, Method, NonNegative, Positive, Rate, Selector
 from .rows import Row
+from .triggers import Location, MaskPattern, State, Trigger, TrueTrigger, Verdict
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-Augmentation = Literal["none", "crop", "flip", "crop+flip"]
+Augmentation = Literal["none", "crop", "flip", "crop+flip", "resized-crop", "resized-crop+flip"]
 
 
 # ---------------------------------------------------------------- images
@@ -191,9 +192,13 @@ class Recipe(Method):
 
     steps: where given, the number of SGD steps in place of `epochs`. milestones: fractions of the whole at which
     the learning rate is multiplied by gamma (one number, or one for each milestone). Source: spec 0.3, 4.9, 6.2.
+
+    pgd_eps, pgd_step, pgd_steps: adversarial training, of surrogates only: L-infinity radius and step in units of
+    1/255 and steps of the inner search, which starts at a random place; with pgd_eps 0 there is none (spec 4.4).
     """
 
     name = "recipe"
+    added: ClassVar[Mapping[str, Any]] = {"pgd_eps": 0.0, "pgd_step": 2.0, "pgd_steps": 10}
 
     def __init__(
         self,
@@ -208,6 +213,9 @@ class Recipe(Method):
         nesterov: bool = False,
         batch: Count = 64,
         augment: Augmentation = "crop+flip",
+        pgd_eps: NonNegative = 0.0,
+        pgd_step: Positive = 2.0,
+        pgd_steps: Count = 10,
     ) -> None:
         self.epochs = epochs
         self.steps = steps
@@ -223,6 +231,9 @@ class Recipe(Method):
         self.nesterov = nesterov
         self.batch = batch
         self.augment: Augmentation = augment
+        self.pgd_eps = pgd_eps
+        self.pgd_step = pgd_step
+        self.pgd_steps = pgd_steps
 
     def total(self, images: int) -> int:
         """SGD steps on `images` images, the last partial batch of an epoch kept."""
@@ -268,16 +279,10 @@ class Context:
 
 @dataclass(frozen=True)
 class AttackContext(Context):
-    """For `Attack.prepare`: the clean training images are the attacker's own."""
+    """For `Attack.prepare`: the clean training images are the attacker's own; needs: the surrogates declared."""
 
     train: Images
-
-
-@dataclass(frozen=True)
-class InverterContext(Context):
-    """For `Inverter.invert`: the clean images, without labels (all -1). Of `recipe` only the augmentation is set."""
-
-    clean: Images
+    needs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Granted:
@@ -296,23 +301,50 @@ class Granted:
 
 
 @dataclass(frozen=True)
-class DefenseContext(Context):
-    """For `Defense.defend`. clean: the clean images (labels -1 unless `uses_labels`); needs: the stages declared."""
+class InverterContext(Context):
+    """For `Inverter.invert`: the clean images, without labels (all -1). Of `recipe` only the augmentation is set.
+
+    needs: the triggers declared in `Inverter.needs`; granted: what it declared in `knows` beyond the target.
+    """
 
     clean: Images
-    needs: Mapping[str, Trigger]
-    granted: Granted
-
-
-# ---------------------------------------------------------------- attacks
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    granted: Granted = field(default_factory=lambda: Granted("inverter", {}))
 
 
 @dataclass(frozen=True)
-class State:
-    """What an attack prepared once per victim: tensors and JSON, saved with the victim, handed to poison and stamp."""
+class DefenseContext(Context):
+    """For `Defense.defend`. clean: the clean images (labels -1 unless `uses_labels`); needs: the stages declared, of
+    the types that `Need` names.
+    """
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    clean: Images
+    needs: Mapping[str, Any]
+    granted: Granted
+
+
+@dataclass(frozen=True)
+class Need:
+    """A stage that a method wants built before it runs, shared by all who want the same.
+
+    kind       method                        what `ctx.needs[name]` is
+    "trigger"  an inverter, `nc-box(lr=1)`   a Trigger, fitted to the target label that was granted; with `verdict`, a
+                                             detector, a dict from every label that it flagged, the most suspicious
+                                             first, to its Trigger: empty where the model is called clean
+    "verdict"  a detector, `nc-full`         a Verdict
+    "result"   a defense, `mcldef`           the Classifier that it made of the same victim and the same clean images
+    "model"    `natural` or `robust`         for attacks: a clean Classifier of the victim's architecture, trained by
+                                             that recipe, in eval mode and frozen (spec 4.2, 4.4)
+
+    Attacks may need models, inverters triggers, defenses all but models.
+    """
+
+    kind: Literal["trigger", "verdict", "result", "model"]
+    method: str
+    verdict: str | None = None
+
+
+# ---------------------------------------------------------------- attacks
 
 
 class Poisoned(NamedTuple):
@@ -335,6 +367,10 @@ class Attack(Method):
 
     target: int | None = None
 
+    def needs(self) -> Mapping[str, Need]:
+        """Surrogate models to train first, by the name under which `ctx.needs` gives them; none by default."""
+        return {}
+
     def prepare(self, ctx: AttackContext) -> State:
         """Everything random or optimised about the trigger; nothing by default."""
         return State()
@@ -347,74 +383,38 @@ class Attack(Method):
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
         """The true test-time trigger: uint8 (B, C, H, W) and labels (B,) -> a new uint8 tensor of the same shape."""
 
-    def goal(self, y: Tensor) -> Goal:
+    def goal(self, y: Tensor, state: State) -> Goal:
         """Labels (N,) -> the attacker's labels and the images that count (spec 1.1): the target, on all others."""
         if self.target is None:
             raise PluginError(f"{self.name}: an attack without a single target must override goal()")
         return Goal(torch.full_like(y, self.target), y != self.target)
 
 
-# ---------------------------------------------------------------- triggers and inverters
-
-
-class Trigger(ABC):
-    """An inverted (or true) trigger, always in pixels: x float (B, C, H, W) in [0, 1] -> the same with the trigger."""
-
-    @abstractmethod
-    def apply(self, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        """Put the trigger on every image; differentiable, the input is left alone."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that `from_tensors` needs, by name."""
-
-    @classmethod
-    @abstractmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Trigger:
-        """The trigger behind `tensors`, on their device."""
-
-
-class MaskPattern(Trigger):
-    """(1 - mask) * x + mask * pattern. mask: float (H, W) in [0, 1]; pattern: float (C, H, W) in [0, 1] (spec 5)."""
-
-    def __init__(self, mask: Tensor, pattern: Tensor) -> None:
-        if mask.ndim != 2 or pattern.ndim != 3 or pattern.shape[1:] != mask.shape:
-            raise ValueError(f"trigger: mask {tuple(mask.shape)} and pattern {tuple(pattern.shape)} do not fit")
-        self.mask = mask
-        self.pattern = pattern
-
-    def apply(self, x: Tensor, rng: torch.Generator | None = None) -> Tensor:
-        return (1 - self.mask) * x + self.mask * self.pattern
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"mask": self.mask, "pattern": self.pattern}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MaskPattern:
-        return cls(tensors["mask"], tensors["pattern"])
+# ---------------------------------------------------------------- inverters
 
 
 class Inverter(Method):
-    """Finds a trigger that sends clean images to a target label."""
+    """Finds a trigger that sends clean images to a target label; one that overrides `detect` also names the label."""
+
+    @property
+    def knows(self) -> frozenset[Knowledge]:
+        """What this configuration must be told beyond the clean images; the target label by default."""
+        return frozenset({"target"})
+
+    def needs(self) -> Mapping[str, Need]:
+        """Triggers of other inverters to build first, by the name under which `ctx.needs` gives them."""
+        return {}
 
     @abstractmethod
     def invert(self, model: Classifier, target: int, ctx: InverterContext) -> Trigger:
         """The victim (its own to use, on ctx.device) and a label -> a trigger. The harness measures how good it is."""
 
+    def detect(self, model: Classifier, ctx: InverterContext) -> Verdict:
+        """The victim -> which labels look like backdoor targets. Raises UserError where the inverter is no detector."""
+        raise UserError(f"{self.name} names no target label; choose a detector, such as detector=nc-full")
+
 
 # ---------------------------------------------------------------- defenses
-
-
-@dataclass(frozen=True)
-class Need:
-    """A stage that a defense wants built before it runs, shared by all who want the same.
-
-    kind "trigger": `method` is the selection of an inverter, as in `Need("trigger", "nc-box(lr=0.01)")`; it is
-    fitted to the target label that was granted.
-    """
-
-    kind: Literal["trigger"]
-    method: str
 
 
 class Defense(Method):
@@ -442,7 +442,7 @@ class Defense(Method):
 __all__ = [
     "AccessDenied", "Attack", "AttackContext", "Augment", "Augmentation", "Batch", "Classifier", "Context", "Count",
     "Dataset", "Defense", "DefenseContext", "Diverged", "Ge", "Goal", "Granted", "Gt", "Images", "Interval",
-    "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Lt", "MaskPattern", "Method", "Model", "Need",
-    "NonNegative", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Row", "Snapshot", "Source",
-    "State", "Trigger", "UserError",
+    "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Location", "Lt", "MaskPattern", "Method", "Model",
+    "Need", "NonNegative", "NotApplicable", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Row",
+    "Selector", "Snapshot", "Source", "State", "Trigger", "TrueTrigger", "UserError", "Verdict",
 ]  # fmt: skip

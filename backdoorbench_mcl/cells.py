@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from .errors import UserError
 
-Role = Literal["poison", "trigger", "init", "order", "split", "invert", "stamp", "shuffle"]
+Role = Literal[
+    "poison", "trigger", "init", "order", "split", "invert", "stamp", "shuffle", "surrogate-init", "surrogate-order"
+]
 
 
 def canonical(value: Any) -> str:

@@ -8,6 +8,9 @@ splits whatever file they came from (design 3.4). On disk, below the cache folde
 
 Both are written under a temporary name, flushed and renamed: a reader sees all or nothing, and two processes that
 prepare the same data at once both end well. The folder may be deleted at any time. Free of torch.
+
+A split need not fit into memory: a loader may return a map of a temporary file (`tempfile` puts it on the cache's
+disk while data are prepared, so twice the size of a split is needed there for a while), and all else is done in chunks.
 """
 
 from __future__ import annotations
@@ -200,7 +203,8 @@ def check(info: DataInfo) -> list[str]:
 
 def _store(dataset: Dataset, split: Split, root: Path | None, folder: Path, cache: Path) -> Part:
     """Load one split and write it in sorted order; returns sorted digests (N, 32) and labels (N,)."""
-    images = dataset.load(split, root)
+    with _scratch(folder):
+        images = dataset.load(split, root)
     x: npt.NDArray[np.uint8] = np.asarray(images.x)
     y: npt.NDArray[np.int64] = np.asarray(images.y)
     if len(x) == 0:
@@ -291,6 +295,16 @@ def _sweep(arrays: Path) -> None:
         stamp = _stamp(str(path))
         if stamp is not None and time.time() - stamp[2] / 1e9 > _STALE:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Temporary files go to `folder`: decoded images may take as much room as the arrays, and /tmp may be memory."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager

@@ -26,6 +26,11 @@ BASES: Mapping[str, type[Method]] = {
     "recipe": api.Recipe,
 }
 
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "attack": ("model",), "inverter": ("trigger",), "defense": ("trigger", "verdict", "result"),
+}  # fmt: skip
+SURROGATES = ("natural", "robust")  # recipes of clean models that an attack may need
+
 
 def load_class(target: str, kind: str) -> type[Method]:
     """The class behind `"module:Class"`; raises PluginError where it is missing, of another kind or abstract."""
@@ -71,12 +76,27 @@ def describe(request: Mapping[str, Any]) -> dict[str, Any]:
     }
     if isinstance(method, api.Attack):
         out["attack"] = {"target": method.target}
-    elif isinstance(method, api.Defense):
-        needs = {name: {"kind": need.kind, "method": need.method} for name, need in method.needs().items()}
-        out["defense"] = {"knows": sorted(method.knows), "uses_labels": bool(method.uses_labels), "needs": needs}
     elif isinstance(method, api.Dataset):
         out["dataset"] = {"budget": method.budget, "toy": method.toy}
+    if isinstance(method, (api.Attack, api.Inverter, api.Defense)):
+        out["needs"] = {name: _need(method, name, need) for name, need in method.needs().items()}
+    if isinstance(method, (api.Inverter, api.Defense)):
+        out["knows"] = sorted(method.knows)
+    if isinstance(method, api.Defense):
+        out["uses_labels"] = bool(method.uses_labels)
     return out
+
+
+def _need(method: Method, name: str, need: api.Need) -> dict[str, Any]:
+    """A declared need as JSON; raises PluginError where methods of that kind cannot have it, or its name is no name."""
+    kind = next(kind for kind, base in BASES.items() if isinstance(method, base))
+    if need.kind not in NEEDS[kind]:
+        raise PluginError(f"{method.name}: need {name!r} is a {need.kind}; {kind}s may need {', '.join(NEEDS[kind])}")
+    if not name.isidentifier():
+        raise PluginError(f"{method.name}: need {name!r}: expected a Python name, as in 'trigger'")
+    if need.kind == "model" and need.method not in SURROGATES:
+        raise PluginError(f"{method.name}: need {name!r} is a model {need.method!r}; there are {', '.join(SURROGATES)}")
+    return {"kind": need.kind, "method": need.method, "verdict": need.verdict}
 
 
 def card(request: Mapping[str, Any]) -> dict[str, Any]:

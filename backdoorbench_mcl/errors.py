@@ -21,3 +21,7 @@ class AccessDenied(PluginError):
 
 class Diverged(BbmclError):
     """A loss or a weight is no longer finite. This is a result of the method, not a fault of the run."""
+
+
+class NotApplicable(BbmclError):
+    """The method is undefined for this cell, as NAD on a network without stages: the cell reads n/a with this line."""

@@ -19,6 +19,7 @@ EVALUATOR_VERSION = 1
 GATE_OK = 95.0  # ASR of the undefended victim, in %: from here on the attack counts as planted
 GATE_WEAK = 90.0  # below: defenses are not run; between the two: flagged and not ranked (design 3.7)
 FTR_MARGIN = 1.0  # points by which a repair may raise FTR and still call it a floor (spec 12.2: the margin for ASR)
+ROBUST = 40.0  # accuracy under PGD-10, in %, from which on a surrogate is called robust (spec 4.4)
 ERASED = 0.1  # of the target-class accuracy before: below, a defense has deleted the class (spec 6.5)
 
 Gate = Literal["ok", "flagged", "weak", ""]

@@ -1,13 +1,16 @@
 """Who sees what: the one file to audit. It fills the folder of a job, and a job can read nothing else.
 
-| stage   | finds in its folder                                                                                   |
-|---------|-------------------------------------------------------------------------------------------------------|
-| train   | a pointer to the prepared data set (the attacker controls the training data)                          |
-| trial   | the same pointer, and what the attack prepared for this victim                                        |
-| invert  | the victim's weights, the clean images without labels, the target label                               |
-| defend  | the victim's weights, the clean images (labels only if it uses them), the stages that it needs, and   |
-|         | of what it declared in `knows` the values; never the trigger, the poison indices or a test image      |
-| predict | a model's weights and one shuffled array of images, clean and triggered, without labels or flags      |
+| stage     | finds in its folder                                                                                 |
+|-----------|-----------------------------------------------------------------------------------------------------|
+| surrogate | a pointer to the prepared data set (the attacker controls the training data)                        |
+| train     | the same pointer, and the weights of the surrogates that it needs                                   |
+| trial     | the same pointer, and what the attack prepared for this victim                                      |
+| verdict   | the victim's weights, the clean images without labels                                               |
+| invert    | the same, and the target label, or the labels that a verdict flagged; of what the inverter declared |
+|           | in `knows` the values: the place of the patch, or the attack itself with what it prepared           |
+| defend    | the victim's weights, the clean images (labels only if it uses them), the stages that it needs, and |
+|           | of what it declared in `knows` the values; never the poison indices or a test image                 |
+| predict   | a model's weights and one shuffled array of images, clean and triggered, without labels or flags    |
 
 Free of torch.
 """
@@ -25,19 +28,24 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from . import artefacts, cells, datacache
-from .errors import PluginError
-from .plan import Kind, Node
+from .errors import NotApplicable, PluginError
+from .plan import NEED, Kind, Node
+from .registry import Described
 from .store import Store
 
 ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the seed of another would tell about it
+    "surrogate": ("init", "order"),
     "train": ("init", "trigger", "poison", "order"),
     "trial": ("init", "stamp"),
+    "verdict": ("init", "invert", "stamp"),
     "invert": ("init", "invert", "stamp"),
     "defend": ("init", "order"),
     "predict": ("init",),
 }
-LONG: frozenset[Kind] = frozenset({"train", "invert", "defend"})  # jobs that leave snapshots
-GRANTABLE = frozenset({"target"})
+LONG: frozenset[Kind] = frozenset({"surrogate", "train", "verdict", "invert", "defend"})  # jobs that leave snapshots
+GRANTABLE: Mapping[str, frozenset[str]] = {
+    "inverter": frozenset({"target", "location", "trigger"}), "defense": frozenset({"target"}),
+}  # fmt: skip
 
 
 class Grants:
@@ -61,7 +69,8 @@ class Grants:
     def fill(self, node: Node, inputs: Mapping[str, Path], folder: Path) -> None:
         """Write `spec.json` and `in/` of the job that computes `node`, from the verified artefacts of its inputs.
 
-        Raises PluginError when the method declared knowledge that cannot be granted.
+        Raises PluginError when the method declared knowledge that cannot be granted, NotApplicable where the attack has
+        no such thing to tell.
         """
         (folder / "in").mkdir()
         # the name of a stage's snapshots is its key, from which `predict` could tell how its images were shuffled
@@ -71,9 +80,7 @@ class Grants:
             **self.common,
             "snapshot": str(snapshots),
             "readable": [],
-            "seeds": {
-                role: cells.seed(role, self.data.hash, node.victim_seed, node.defense_seed) for role in ROLES[node.kind]
-            },
+            "seeds": {role: self._seed(node, role) for role in ROLES[node.kind]},
             "data": {
                 k: v for k, v in self.data.as_dict().items() if k in ("classes", "shape", "mean", "std", "flip_ok")
             },
@@ -82,12 +89,22 @@ class Grants:
         getattr(self, f"_{node.kind}")(node, inputs, folder / "in", spec)
         (folder / "spec.json").write_text(json.dumps(spec))
 
+    def _seed(self, node: Node, role: cells.Role) -> int:
+        """A surrogate draws from roles of its own, or it would be the attack's victim without the poison."""
+        own: Mapping[str, cells.Role] = {"init": "surrogate-init", "order": "surrogate-order"}
+        role = own[role] if node.kind == "surrogate" else role
+        return cells.seed(role, self.data.hash, node.victim_seed, node.defense_seed)
+
     def _point_to_data(self, spec: dict[str, Any]) -> None:
         spec["data"] = self.data.as_dict()
         spec["readable"] = [str(self.data.folder)]
 
+    def _surrogate(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        self._point_to_data(spec)
+
     def _train(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         self._point_to_data(spec)
+        self._needs(node.methods["attack"], inputs, into, spec)
 
     def _trial(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         self._point_to_data(spec)
@@ -95,25 +112,54 @@ class Grants:
         spec["attack_meta"] = artefacts.read_meta(inputs["victim"])["attack"]
 
     def _invert(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
-        if node.target is None:
-            raise PluginError(f"{node.methods['inverter'].label} needs one target label; this attack has none")
+        inverter = node.methods["inverter"]
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
         self._clean(node, into, labels=False)
-        spec["grants"] = {"target": node.target}
+        self._needs(inverter, inputs, into, spec)
+        _withhold(inverter)
+        spec["grants"] = {}
+        if "location" in inverter.knows:
+            spec["grants"]["location"] = artefacts.read_meta(inputs["trial"]).get("location")
+            if spec["grants"]["location"] is None:
+                raise NotApplicable(f"{inverter.label}: the trigger of this attack is no patch of fixed pixels")
+        if "trigger" in inverter.knows:
+            shutil.copyfile(inputs["victim"] / "attack.safetensors", into / "attack.safetensors")
+            spec["attack_meta"] = artefacts.read_meta(inputs["victim"])["attack"]
+        spec["detected"] = "verdict" in inputs
+        if spec["detected"]:
+            spec["labels"] = artefacts.read_meta(inputs["verdict"])["flagged"]
+        elif node.target is None:
+            raise NotApplicable(f"{inverter.label}: the attack has no single target label")
+        else:
+            spec["labels"] = [node.target]
+
+    def _verdict(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
+        self._clean(node, into, labels=False)
 
     def _defend(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         defense = node.methods["defense"]
-        withheld = sorted(set(defense.knows) - GRANTABLE)
-        if withheld:
-            raise PluginError(f"{defense.label} asks to know {', '.join(withheld)}, which this version cannot grant")
+        _withhold(defense)
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
         self._clean(node, into, labels=bool(defense.uses_labels))
         spec["grants"] = {"target": node.target} if "target" in defense.knows else {}
+        self._needs(defense, inputs, into, spec)
+
+    def _needs(self, method: Described, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        """The stages that a method asked for, and what is to be made of their tensors."""
         spec["needs"] = {}
-        for name in defense.needs:
-            source = inputs[f"need-{name}"]
-            shutil.copyfile(source / "trigger.safetensors", into / f"need-{name}.safetensors")
-            spec["needs"][name] = {"class": artefacts.read_meta(source)["class"]}
+        for name, need in method.needs.items():
+            source = inputs[NEED + name]
+            meta = artefacts.read_meta(source)
+            told = {"kind": need["kind"], "detected": need["verdict"] is not None}
+            if need["kind"] == "verdict":
+                told["verdict"] = {field: meta[field] for field in ("flagged", "index", "norms")}
+            else:
+                part = "trigger" if need["kind"] == "trigger" else "weights"
+                shutil.copyfile(source / f"{part}.safetensors", into / f"{NEED}{name}.safetensors")
+            if need["kind"] == "trigger":
+                told.update({field: meta[field] for field in ("class", "labels", "modules")})
+            spec["needs"][name] = told
 
     def _clean(self, node: Node, into: Path, labels: bool) -> None:
         split_seed = cells.seed("split", self.data.hash, node.victim_seed, node.defense_seed)
@@ -161,6 +207,12 @@ class Grants:
             out / "predictions.safetensors",
         )
         (out / artefacts.META).write_text(json.dumps({"images": count}))
+
+
+def _withhold(method: Described) -> None:
+    withheld = sorted(set(method.knows) - GRANTABLE[method.kind])
+    if withheld:
+        raise PluginError(f"{method.label} asks to know {', '.join(withheld)}, which this version cannot grant")
 
 
 __all__ = ["GRANTABLE", "Grants"]

@@ -1,13 +1,12 @@
-"""The jobs that run in children: train, trial, invert, defend, predict, data (design 3.5).
+"""The jobs that run in children: surrogate, train, trial, verdict, invert, defend, predict, data (design 3.5).
 
 A job is a folder: `spec.json` and `in/` before, `out/` and `result.json` after. It reads nothing else, but for the
-prepared data set that train and trial are pointed to, and is pure: equal folders give equal `out/`.
+prepared data set that surrogate, train and trial are pointed to, and is pure: equal folders give equal `out/`.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import random
@@ -15,110 +14,57 @@ import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import api, datacache, kit
 from .confine import confine, interpreter_paths, watch
-from .describe import construct
-from .errors import BbmclError, Diverged, PluginError
-from .snapshots import FolderSnapshot
-
-Tick = Callable[[int, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The running job: its folder, its spec, and how it tells the driver of its progress."""
-
-    folder: Path
-    spec: Mapping[str, Any]
-    tick: Tick
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.spec["device"])
-
-    def rng(self, role: str) -> torch.Generator:
-        """A CPU generator with the seed that the driver derived for `role`."""
-        return torch.Generator().manual_seed(self.spec["seeds"][role])
-
-    def method(self, name: str) -> Any:
-        """The method that the spec describes under `name`."""
-        spec = self.spec[name]
-        return construct(spec["target"], spec["kind"], spec["suffix"], spec["params"])
-
-    def classifier(self) -> api.Classifier:
-        """A fresh network of the spec's model, on the device, in eval mode."""
-        data = self.spec["data"]
-        torch.manual_seed(self.spec["seeds"]["init"])  # the model draws its weights from the global generator
-        model = cast(api.Model, self.method("model")).build(data["classes"], tuple(data["shape"]))
-        model.set_normalisation(tuple(data["mean"]), tuple(data["std"]))
-        model.precision = self.spec["precision"]
-        return model.to(self.device).to(memory_format=torch.channels_last).eval()
-
-    def victim(self) -> api.Classifier:
-        """The network with the weights of `in/weights.safetensors`."""
-        model = self.classifier()
-        model.load_state_dict(load_file(self.folder / "in" / "weights.safetensors"))
-        return model
-
-    def context(self, rng: torch.Generator, recipe: api.Recipe) -> dict[str, Any]:
-        """The fields that every context shares."""
-        data = self.spec["data"]
-        work = self.folder / "work"
-        work.mkdir(exist_ok=True)
-        return {
-            "rng": rng,
-            "device": self.device,
-            "workdir": work,
-            "classes": data["classes"],
-            "log": lambda line: print(line, flush=True),
-            "tick": self.tick,
-            "snapshot": FolderSnapshot(Path(self.spec["snapshot"]), self.spec["snapshot_every"]),
-            "recipe": recipe,
-            "augment": kit.augmentation(recipe.augment, data["flip_ok"]),
-        }
-
-    def split(self, split: str) -> tuple[Tensor, Tensor]:
-        """Images and labels of the prepared data set: copy-on-write maps, so that changes stay in this process."""
-        info = datacache.DataInfo.from_dict(self.spec["data"])
-        x, y = datacache.open_split(info, cast(Any, split), mode="c")
-        return torch.from_numpy(x), torch.from_numpy(np.array(y))
-
-    def clean(self) -> api.Images:
-        """The clean images that were granted."""
-        found = load_file(self.folder / "in" / "clean.safetensors")
-        return api.Images(found["x"], found["y"]).to(self.device)
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write `out/<name>.safetensors`."""
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(plain, self.folder / "out" / f"{name}.safetensors")
-
-    def save_meta(self, meta: Mapping[str, Any]) -> None:
-        """Write `out/meta.json`."""
-        (self.folder / "out" / "meta.json").write_text(json.dumps(meta, sort_keys=True, allow_nan=False))
-
-
-def _weights(model: api.Classifier) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _require_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Diverged(f"weights are not finite: {name}")
-
+from .errors import BbmclError, Diverged, NotApplicable, PluginError
+from .inversions import invert, verdict
+from .job import Job, Tick, attack_state, require_finite, weights_of
 
 # ---------------------------------------------------------------- victims
+
+
+PGD_EPS, PGD_STEP, PGD_STEPS = 8 / 255, 2 / 255, 10  # spec 4.4
+PGD_IMAGES = 500  # test images: two standard errors are 4.5 points
+
+
+def surrogate(job: Job) -> None:
+    """A clean model for an attacker. out: weights; meta: test accuracy, under PGD-10 too if trained against it."""
+    recipe = cast(api.Recipe, job.method("recipe"))
+    model = job.classifier()
+    rng = job.rng("order")
+    context = api.Context(**job.context(rng, recipe))
+    radius, step = recipe.pgd_eps / 255, recipe.pgd_step / 255
+
+    def loss(batch: api.Batch) -> Tensor:
+        x = batch.x
+        if radius:
+            model.eval()  # the search must not move the statistics of batch norm
+            x = kit.pgd(model, x, batch.y, eps=radius, step=step, steps=recipe.pgd_steps, rng=rng)
+            model.train()
+        return F.cross_entropy(model(x), batch.y)
+
+    model.train()
+    kit.fit(model, api.Images(*job.split("train")).to(job.device), context, loss)
+    weights = weights_of(model)
+    require_finite(weights)
+    job.save("weights", weights)
+    x, y = (part[:PGD_IMAGES] for part in job.split("test"))  # the cache's order is that of pixel hashes: random
+    meta = {"accuracy": 100 * float((kit.predict(model, x) == y).float().mean()), "images": len(x), "pgd": None}
+    if radius:
+        right = 0
+        for batch in api.Images(x, y).to(job.device).batches(128):
+            moved = kit.pgd(model.eval(), batch.x, batch.y, eps=PGD_EPS, step=PGD_STEP, steps=PGD_STEPS, rng=rng)
+            right += int((model(moved).argmax(1) == batch.y).sum())
+        meta["pgd"] = 100 * right / len(x)
+    job.save_meta(meta)
 
 
 def train(job: Job) -> None:
@@ -128,7 +74,7 @@ def train(job: Job) -> None:
     model = job.classifier()
     x, y = job.split("train")
     clean = api.Images(x, y)
-    state = attack.prepare(api.AttackContext(**job.context(job.rng("trigger"), recipe), train=clean))
+    state = attack.prepare(api.AttackContext(**job.context(job.rng("trigger"), recipe), train=clean, needs=job.needs()))
     poisoned = attack.poison(clean, state, job.rng("poison"))
     _check_overlay(attack, poisoned, clean, model)
     x[poisoned.index] = poisoned.x
@@ -141,8 +87,8 @@ def train(job: Job) -> None:
         api.Context(**job.context(job.rng("order"), recipe)),
         lambda batch: F.cross_entropy(model(batch.x), batch.y),
     )
-    weights = _weights(model)
-    _require_finite(weights)
+    weights = weights_of(model)
+    require_finite(weights)
     job.save("weights", weights)
     job.save("attack", {"poison_index": poisoned.index, **{f"state.{k}": v for k, v in state.tensors.items()}})
     job.save_meta({"attack": dict(state.meta), "poisoned": len(poisoned.index), "train": len(images)})
@@ -160,23 +106,17 @@ def _check_overlay(attack: api.Attack, poisoned: api.Poisoned, clean: api.Images
         raise PluginError(f"{attack.name}: poison() returned indices outside the {len(clean)} training images")
 
 
-def _attack_state(job: Job) -> api.State:
-    tensors = load_file(job.folder / "in" / "attack.safetensors")
-    prefix = "state."
-    state = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return api.State(state, job.spec["attack_meta"])
-
-
 def trial(job: Job) -> None:
     """The triggered test set. out: x uint8 (N, C, H, W), goal int64 (N,), counted bool as uint8 (N,)."""
     attack = cast(api.Attack, job.method("attack"))
     x, y = job.split("test")
-    stamped = attack.stamp(x.clone(), y.clone(), _attack_state(job), job.rng("stamp"))
+    state = attack_state(job)
+    stamped = attack.stamp(x.clone(), y.clone(), state, job.rng("stamp"))
     if stamped.dtype != torch.uint8 or stamped.shape != x.shape:
         raise PluginError(
             f"{attack.name}: stamp() returned {stamped.dtype} {tuple(stamped.shape)}, expected uint8 {tuple(x.shape)}"
         )
-    goal, counted = attack.goal(y)
+    goal, counted = attack.goal(y, state)
     if goal.shape != y.shape or counted.shape != y.shape or counted.dtype != torch.bool:
         raise PluginError(
             f"{attack.name}: goal() returned {tuple(goal.shape)} and {counted.dtype} {tuple(counted.shape)}, "
@@ -187,61 +127,22 @@ def trial(job: Job) -> None:
     if bool((counted & (goal == y)).any()):
         raise PluginError(f"{attack.name}: goal() counts images whose goal is their own label")
     job.save("trial", {"x": stamped, "goal": goal.to(torch.int64), "counted": counted.to(torch.uint8)})
-    job.save_meta({"counted": int(counted.sum())})
+    job.save_meta({"counted": int(counted.sum()), "location": _location(x, stamped)})
+
+
+def _location(x: Tensor, stamped: Tensor) -> api.Location | None:
+    """The box that the trigger replaces, None where it is no patch: what it shows depends on the image beneath."""
+    changed = (stamped != x).any(1).any(0)  # (H, W)
+    if not bool(changed.any()):
+        return None
+    rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
+    top, left = int(rows.min()), int(columns.min())
+    box = api.Location(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1)
+    patch = stamped[:, :, top : top + box.height, left : left + box.width]
+    return box if bool((patch == patch[:1]).all()) else None
 
 
 # ---------------------------------------------------------------- defenses
-
-
-def invert(job: Job) -> None:
-    """An inverted trigger. out: trigger; meta: its class and how good it is, measured here and not by the method.
-
-    success is the share of clean images, not already called the target by the victim, that the trigger sends to it:
-    labels are not granted to an inversion, so the victim's own prediction stands in for them.
-    """
-    inverter = cast(api.Inverter, job.method("inverter"))
-    # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
-    recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
-    victim, clean, target = job.victim(), job.clean(), int(job.spec["grants"]["target"])
-    context = api.InverterContext(**job.context(job.rng("invert"), recipe), clean=clean)
-    trigger = inverter.invert(kit.frozen(victim), target, context)
-    if not isinstance(trigger, api.Trigger):
-        raise PluginError(f"{inverter.name}: invert() returned {type(trigger).__name__}, expected a Trigger")
-    tensors = trigger.tensors()
-    _require_finite(tensors)
-    rng = job.rng("stamp")
-    hit, other, changed = 0, 0, 0.0
-    with torch.no_grad():
-        for batch in clean.batches(256):
-            away = victim(batch.x).argmax(1) != target
-            stamped = trigger.apply(batch.x, rng).clamp(0, 1)
-            hit += int(((victim(stamped).argmax(1) == target) & away).sum())
-            other += int(away.sum())
-            changed += float(((stamped - batch.x).abs().amax(1) > 1 / 255).float().sum())
-    mask = tensors.get("mask")
-    job.save("trigger", tensors)
-    job.save_meta(
-        {
-            "class": f"{type(trigger).__module__}:{type(trigger).__qualname__}",
-            "success": 100 * hit / other if other else None,
-            "success_k": hit,
-            "success_n": other,
-            "l1": None if mask is None else float(mask.abs().sum()),
-            "pixels_changed": changed / len(clean),
-        }
-    )
-
-
-def _needs(job: Job) -> dict[str, api.Trigger]:
-    out = {}
-    for name, meta in job.spec["needs"].items():
-        module, _, cls = meta["class"].partition(":")
-        trigger_class = getattr(importlib.import_module(module), cls)
-        if not issubclass(trigger_class, api.Trigger):
-            raise PluginError(f"stored trigger class {meta['class']} is no Trigger")
-        tensors = load_file(job.folder / "in" / f"need-{name}.safetensors")
-        out[name] = trigger_class.from_tensors({key: tensor.to(job.device) for key, tensor in tensors.items()})
-    return out
 
 
 def defend(job: Job) -> None:
@@ -253,18 +154,18 @@ def defend(job: Job) -> None:
     context = api.DefenseContext(
         **job.context(job.rng("order"), recipe),
         clean=job.clean(),
-        needs=_needs(job),
+        needs=job.needs(),
         granted=api.Granted(defense.name, job.spec["grants"]),
     )
     repaired = defense.defend(victim, context)
     if not isinstance(repaired, api.Classifier):
         raise PluginError(f"{defense.name}: defend() returned {type(repaired).__name__}, expected a Classifier")
-    weights = _weights(repaired)
+    weights = weights_of(repaired)
     if {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()} != expected:
         raise PluginError(
             f"{defense.name}: defend() changed the architecture; it must return the victim's keys, shapes and types"
         )
-    _require_finite(weights)
+    require_finite(weights)
     job.save("weights", weights)
     _check_forward(job, defense, repaired, context.clean)
     job.save_meta({"clean": len(context.clean)})
@@ -308,8 +209,10 @@ def data(job: Job) -> None:
 
 
 BODIES: Mapping[str, Callable[[Job], None]] = {
+    "surrogate": surrogate,
     "train": train,
     "trial": trial,
+    "verdict": verdict,
     "invert": invert,
     "defend": defend,
     "predict": predict,
@@ -340,7 +243,10 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     if spec["isolation"] == "inline" or spec["job"] == "data":
         return str(spec["isolation"]), []
     methods = [part for part in spec.values() if isinstance(part, dict) and "kind" in part]
-    plugins = sorted({part["target"].partition(":")[0] for part in methods})
+    classes = [part["target"] for part in methods]
+    for need in spec.get("needs", {}).values():
+        classes += need.get("modules", [])
+    plugins = sorted({where.partition(":")[0] for where in classes})
     read = [*interpreter_paths(plugins), *(Path(path) for path in spec["readable"])]
     snapshot = Path(spec["snapshot"])
     snapshot.mkdir(parents=True, exist_ok=True)
@@ -354,6 +260,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     """(state, one line) for whatever ended a job."""
     if isinstance(error, Diverged):
         return "diverged", str(error)
+    if isinstance(error, NotApplicable):
+        return "n/a", str(error)
     if isinstance(error, BbmclError):
         return "failed", str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -395,4 +303,4 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     os.replace(scratch, folder / "result.json")
 
 
-__all__ = ["BODIES", "Job", "run"]
+__all__ = ["BODIES", "run"]

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -45,28 +46,50 @@ def _flip(x: Tensor, rng: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
+def _resized_crop(x: Tensor, rng: torch.Generator) -> Tensor:
+    """A window of 8-100 % of the area and an aspect of 3/4 to 4/3, scaled back to the whole: RandomResizedCrop's draws.
+
+    Windows are clamped to the image instead of drawn again, and pixels are interpolated bilinearly without smoothing.
+    """
+    height, width = x.shape[2:]
+    area, aspect, top, left = torch.rand(4, len(x), generator=rng)
+    area = (0.08 + 0.92 * area) * height * width
+    aspect = torch.exp(math.log(3 / 4) + math.log(16 / 9) * aspect)
+    h, w = (area / aspect).sqrt().clamp(1, height), (area * aspect).sqrt().clamp(1, width)
+    top, left = top * (height - h), left * (width - w)
+    scale = torch.stack([w / width, h / height], 1)  # (B, 2), in units of the image
+    shift = torch.stack([(2 * left + w) / width - 1, (2 * top + h) / height - 1], 1)  # centre of the window in [-1, 1]
+    theta = torch.cat([torch.diag_embed(scale), shift[:, :, None]], 2).to(x.device)  # (B, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    warped = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return warped.round_().clamp_(0, 255).to(torch.uint8)
+
+
 def augmentation(name: Augmentation, flip_ok: bool, pad: int = 4) -> Augment | None:
     """The augmentation `name` as a function `(x_u8 (B, C, H, W), rng) -> x_u8` of the same shape, or None for none.
 
     "crop": each image is padded with `pad` zeros on every side and cut back to its size at a place of its own, as
     PIL's RandomCrop does (zero is black: the padding happens before normalisation). "flip": each image is mirrored
     left-right with probability 1/2, unless `flip_ok` is False (a mirrored traffic sign may be another sign).
+    "resized-crop": a window of random size, aspect and place is scaled back to the image's size (spec 2.4, ImageNet).
     Draws come from `rng`, a CPU generator, so that they agree on every device. Source: spec 2.2, 2.4.
 
     Raises UserError for an unknown name or a negative pad. Example: `augmentation("crop+flip", flip_ok=True)`.
     """
-    if name not in ("none", "crop", "flip", "crop+flip"):
-        raise UserError(f"unknown augmentation {name!r}; expected one of none, crop, flip, crop+flip")
+    if name not in get_args(Augmentation):
+        raise UserError(f"unknown augmentation {name!r}; expected one of {', '.join(get_args(Augmentation))}")
     if pad < 0:
         raise UserError(f"augmentation {name!r}: pad={pad} was given, expected 0 or more pixels")
-    crop = "crop" in name
-    flip = "flip" in name and flip_ok
-    if not crop and not flip:
+    parts = name.split("+")
+    flip = "flip" in parts and flip_ok
+    if parts == ["none"] or (parts == ["flip"] and not flip):
         return None
 
     def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-        if crop:
+        if "crop" in parts:
             x = _crop(x, rng, pad)
+        elif "resized-crop" in parts:
+            x = _resized_crop(x, rng)
         return _flip(x, rng) if flip else x
 
     return augment
@@ -208,9 +231,32 @@ def predict(model: Classifier, x: Tensor, batch: int = 512) -> Tensor:
             module.training = training
 
 
+def pgd(
+    model: Classifier, x: Tensor, y: Tensor, *, eps: float, step: float, steps: int, rng: torch.Generator | None = None
+) -> Tensor:
+    """Adversarial examples by projected gradient ascent on cross-entropy, within L-infinity distance eps of x.
+
+    x: float (B, C, H, W) in [0, 1]; y: int64 (B,), the labels to get away from; eps, step: in the same units, 8/255
+    say. With `rng` the search starts at a random place, else at x. The model's mode is the caller's choice; no
+    parameter gets a gradient. Returns pixels in [0, 1], detached. Source: spec 4.4; Madry et al., ICLR 2018.
+    """
+    low, high = (x - eps).clamp_(0, 1), (x + eps).clamp_(0, 1)
+    moved = x.detach().clone()
+    if rng is not None:
+        noise = torch.rand(x.shape, generator=rng).to(x.device)
+        moved = torch.minimum(torch.maximum(moved + eps * (2 * noise - 1), low), high)
+    for _ in range(steps):
+        moved.requires_grad_(True)
+        loss = F.cross_entropy(model(moved), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, moved)
+        with torch.no_grad():
+            moved = torch.minimum(torch.maximum(moved + step * gradient.sign(), low), high)
+    return moved.detach()
+
+
 def frozen(model: Classifier) -> Classifier:
     """A deep copy in eval mode whose parameters take no gradient: a reference that training cannot move."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-__all__ = ["augmentation", "choose", "fit", "frozen", "predict"]
+__all__ = ["augmentation", "choose", "fit", "frozen", "pgd", "predict"]

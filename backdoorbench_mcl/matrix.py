@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from . import artefacts, evaluate, provenance
 from .artefacts import Damaged
 from .engines.local import Finished, Isolation, Local, Progress
-from .errors import BbmclError, UserError
+from .errors import BbmclError, NotApplicable, UserError
 from .grant import Grants
 from .plan import Cell, Node, Plan
 from .progress import Progress as Display
@@ -175,7 +175,7 @@ class Matrix:
             if self.engine.free <= 0:
                 break
             last = self.store.last_attempt(node.key)
-            if last is not None and (last[0] == "diverged" or not self.retry):  # to diverge is a result, not a fault
+            if last is not None and (last[0] in ("diverged", "n/a") or not self.retry):  # a result, not a fault
                 self.failures[node.key] = Failure(last[0], last[1])
                 moved = True
                 continue
@@ -200,7 +200,8 @@ class Matrix:
             if isinstance(error, Damaged):  # forgotten by the store: it is computed again
                 self.display.note(f"a stored result is damaged and is computed again ({error})")
             else:
-                self._fail(node, Failure("failed", _line(error)), "", 0.0)
+                state = "n/a" if isinstance(error, NotApplicable) else "failed"
+                self._fail(node, Failure(state, _line(error)), "", 0.0)
             shutil.rmtree(folder, ignore_errors=True)  # on a full disk its files are what others lack
             claim.release()
             return True
@@ -310,10 +311,12 @@ class Matrix:
         if before is None:
             cause = self._cause(cell.before)
             return None if cause is None else self._failed(cell, cause)
-        if cell.after is None:
+        if cell.after is None and not cell.undefined:
             return self._with_stages(self._undefended(cell, before), before)
         if evaluate.gate(before["asr"]) == "weak":
             return self._failed(self._undefended(cell, before), Failure("n/a", WEAK))
+        if cell.after is None:
+            return self._failed(self._undefended(cell, before), Failure("n/a", cell.undefined))
         after = self._score_stage(cell.after)
         if after is None:
             cause = self._cause(cell.after)
@@ -326,6 +329,7 @@ class Matrix:
         gate = evaluate.gate(before["asr"])
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
+            surrogate=self._surrogate(cell),
         )  # fmt: skip
         return dataclasses.replace(cell, row=row)
 
@@ -375,16 +379,15 @@ class Matrix:
         seconds = _seconds(own) if len(own) == len(cell.own) else None
         beside = _seconds(shared) if len(shared) == len(cell.shared) else None
         extra: dict[str, Any] = {}
-        for stage in shared:
-            if stage.kind == "invert":
-                try:
-                    meta = artefacts.read_meta(self._open(stage.key))
-                except Damaged as damage:
-                    self.display.note(f"a stored inversion is damaged, its success is left out ({damage})")
-                else:
-                    extra = {"inverter_success": meta["success"], "inverter_l1": meta["l1"]}
+        for stage in reversed(shared):  # the nearest has the last word: it is the one that the defense itself asked for
+            meta = self._meta(stage.key) if stage.kind in ("invert", "verdict") else {}
+            if stage.kind == "invert" and meta:
+                extra.update(inverter_success=meta["success"], inverter_l1=meta["l1"])
+            elif meta:
+                named = ", ".join(map(str, meta["flagged"]))
+                extra["verdict"] = f"flagged {named}" if named else "clean"
         worker = own[0] if own else judged
-        guests = [worker, *(stage for stage in shared if stage.kind == "invert")]  # whose methods a defense relies on
+        guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
             seconds_shared=None if seconds is None or beside is None else seconds + beside,
@@ -392,9 +395,30 @@ class Matrix:
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
             strays=tuple(dict.fromkeys(path for stage in guests for path in stage.numerics.get("strays", ()))),
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
-            stages={**{s.kind: s.key for s in own + shared if s.kind != "train"}, "model": cell.victim,
+            stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind != "train"}, "model": cell.victim,
                     "before": cell.before, "predict": judged.key},
         )  # fmt: skip
+
+    def _meta(self, key: str) -> dict[str, Any]:
+        """What a stage says of itself, {} where it is damaged: a row is worth more than the remark."""
+        try:
+            return artefacts.read_meta(self._open(key))
+        except Damaged as damage:
+            self.display.note(f"a stored result is damaged, what it says of itself is left out ({damage})")
+            return {}
+
+    def _surrogate(self, cell: Cell) -> str:
+        """The surrogates of the attack: a robust one that does not hold under PGD-10 is called natural (spec 4.4)."""
+        told = []
+        for key in cell.surrogates:
+            pgd = self._meta(key).get("pgd") if self._stage(key) is not None else None
+            if pgd is None:
+                told.append("natural")
+            elif pgd >= evaluate.ROBUST:
+                told.append(f"robust: {pgd:.1f} % under PGD-10")
+            else:
+                told.append(f"natural: {pgd:.1f} % under PGD-10, {evaluate.ROBUST:g} would be robust")
+        return "; ".join(told)
 
 
 def _seconds(stages: Sequence[Stage]) -> float:

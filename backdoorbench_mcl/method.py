@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
 from .errors import PluginError, UserError
 
@@ -25,6 +25,14 @@ Rate = Annotated[float, Interval(ge=0, le=1)]
 Count = Annotated[int, Ge(1)]
 Label = Annotated[int, Ge(0)]
 Knowledge = Literal["target", "location", "trigger", "suspect"]
+
+
+def _as_typed(value: object) -> object:
+    """On a command line `true` is a value like 1; where a method's name is expected it is a name."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+Selector = Annotated[str, BeforeValidator(_as_typed)]  # the selection of another method: `nc-box(lr=0.01)`, `true`
 
 
 class _Strict(BaseModel):
@@ -141,5 +149,5 @@ class Method(ABC):
 
 __all__ = [
     "Count", "Ge", "Gt", "Interval", "Knowledge", "Label", "Le", "Lt", "Method", "NonNegative", "Positive", "Rate",
-    "explain", "schema",
+    "Selector", "explain", "schema",
 ]  # fmt: skip

@@ -1,23 +1,27 @@
 """The stage graph of a matrix: what has to exist, under which key, before which row (design 1.3). Pure, free of torch.
 
-train -> trial -> predict (before) ; train -> invert -> defend -> predict ; two predictions -> row. The key of a
-stage is a hash of everything that its result depends on, the keys of its inputs included; so equal stages of
-different cells are one node, and what a store holds is never computed again.
+surrogate -> train -> trial -> predict (before) ; train -> verdict -> invert -> defend -> predict ; two predictions
+-> row. Surrogates and verdicts are there only where a method needs them, and a defense may need the result of another,
+an inverter the trigger of another. The key of a stage is a hash of everything that its result depends on, the keys of
+its inputs included; so equal stages of different cells are one node, and what a store holds is never computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from . import cells, evaluate
 from .registry import Described
-from .request import BEFORE, Request
+from .request import BEFORE, Request, wanted_by
 from .rows import Row
 
-Kind = Literal["train", "trial", "invert", "defend", "predict"]
-_REMAINING: Mapping[Kind, int] = {"train": 4, "trial": 3, "invert": 3, "defend": 2, "predict": 1}
+Kind = Literal["surrogate", "train", "trial", "verdict", "invert", "defend", "predict"]
+_REMAINING: Mapping[Kind, int] = {
+    "surrogate": 6, "train": 5, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "predict": 1,
+}  # fmt: skip
+NEED = "need-"  # role of an input that a method asked for, with the method's name for it
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row to be: its skeleton and the stages that it is scored from. `after` is None for the undefended victim."""
+    """One row to be: its skeleton and the stages that it is scored from. `after` is None for the undefended victim,
+    and where `undefined` says why the method has no meaning for the attack.
+    """
 
     row: Row
     victim: str
@@ -52,6 +58,8 @@ class Cell:
     after: str | None
     own: tuple[str, ...]  # stages whose seconds are the cell's alone
     shared: tuple[str, ...]  # stages that other cells use too, charged to each user in the report
+    surrogates: tuple[str, ...] = ()
+    undefined: str = ""
 
     @property
     def key(self) -> str:
@@ -64,6 +72,36 @@ class Plan:
 
     nodes: dict[str, Node] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
+
+
+class Undefended(NamedTuple):
+    """Keys of a victim, its triggered test images and its predictions."""
+
+    victim: str
+    trial: str
+    before: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One victim as a repair with one defense seed faces it."""
+
+    attack: Described
+    seed: int
+    defense_seed: int
+    victim: str
+    trial: str
+    before: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What all nodes of the case have in common."""
+        return {"victim_seed": self.seed, "defense_seed": self.defense_seed, "gated_by": self.before}
+
+
+def _roles(needs: Mapping[str, str]) -> dict[str, str]:
+    """Names of needs -> the roles under which their stages are inputs."""
+    return {NEED + name: key for name, key in needs.items()}
 
 
 class Builder:
@@ -83,6 +121,19 @@ class Builder:
             self.plan.nodes[key] = Node(key, kind, title, full, order=len(self.plan.nodes), **rest)
         return key
 
+    def surrogate(self, name: str) -> str:
+        """A clean model of the victim's architecture, the attacker's own: one for all attacks and victim seeds."""
+        request = self.request
+        recipe = request.needed["recipe", name]
+        spec = {
+            "data": self.data,
+            "model": request.model.identity,
+            "recipe": recipe.identity,
+            "precision": request.precision,
+        }
+        methods = {"model": request.model, "recipe": recipe}
+        return self.node("surrogate", f"{name} surrogate", spec, inputs={}, methods=methods, victim_seed=0)
+
     def train(self, attack: Described, seed: int) -> str:
         request = self.request
         spec = {
@@ -93,8 +144,12 @@ class Builder:
             "victim_seed": seed,
             "precision": request.precision,
         }
+        needs = {name: self.surrogate(need["method"]) for name, need in attack.needs.items()}
+        if needs:
+            spec["needs"] = needs
         methods = {"attack": attack, "model": request.model, "recipe": request.train}
-        return self.node("train", f"{attack.label} victim {seed}", spec, inputs={}, methods=methods, victim_seed=seed)
+        title = f"{attack.label} victim {seed}"
+        return self.node("train", title, spec, inputs=_roles(needs), methods=methods, victim_seed=seed)
 
     def trial(self, attack: Described, seed: int, victim: str) -> str:
         spec = {"victim": victim, "test": self.request.data.hash_test, "attack": attack.identity}
@@ -108,48 +163,83 @@ class Builder:
         methods = {"model": self.request.model}
         return self.node("predict", title, spec, inputs=inputs, methods=methods, victim_seed=seed, gated_by=gate)
 
-    def invert(self, text: str, attack: Described, victim: str, seed: int, defense_seed: int, gate: str) -> str:
-        request = self.request
-        inverter = request.inverters[text]
-        spec = {
-            "victim": victim,
+    def inversion(self, case: Case, inverter: Described) -> dict[str, Any]:
+        """What every inversion depends on."""
+        return {
+            "victim": case.victim,
             "inverter": inverter.identity,
-            "target": attack.attack_target,
-            "clean_rate": request.clean_rate,
-            "augment": request.defend.params["augment"],
-            "defense_seed": defense_seed,
-            "precision": request.precision,
+            "clean_rate": self.request.clean_rate,
+            "augment": self.request.defend.params["augment"],
+            "defense_seed": case.defense_seed,
+            "precision": self.request.precision,
         }
+
+    def verdict(self, text: str, case: Case) -> str:
+        """What the detector behind `text` says of the victim."""
+        inverter = self.request.needed["inverter", text]
+        methods = {"inverter": inverter, "model": self.request.model, "recipe": self.request.defend}
+        title = f"{inverter.label} verdict on {case.attack.label} {case.seed}"
+        spec = self.inversion(case, inverter)
+        return self.node("verdict", title, spec, inputs={"victim": case.victim}, methods=methods, **case.fields)
+
+    def invert(self, need: Mapping[str, Any], case: Case) -> str:
+        """A trigger for the attack's target, or one for each label that a verdict flagged."""
+        request, attack = self.request, case.attack
+        inverter = request.needed["inverter", need["method"]]
+        detected = need["verdict"] is not None
+        spec = {**self.inversion(case, inverter), "target": None if detected else attack.attack_target}
+        inputs, methods = {"victim": case.victim}, {"inverter": inverter, "model": request.model}
+        if detected:
+            inputs["verdict"] = spec["verdict"] = self.verdict(need["verdict"], case)
+        needs = {name: self.invert(other, case) for name, other in inverter.needs.items()}
+        if needs:
+            spec["needs"] = needs
+            inputs.update(_roles(needs))
+        if "location" in inverter.knows:
+            inputs["trial"] = case.trial
+        if "trigger" in inverter.knows:
+            methods["attack"] = attack
         return self.node(
-            "invert", f"{inverter.label} on {attack.label} {seed}", spec, inputs={"victim": victim},
-            methods={"inverter": inverter, "model": request.model, "recipe": request.defend}, victim_seed=seed,
-            defense_seed=defense_seed, target=attack.attack_target, gated_by=gate,
+            "invert", f"{inverter.label} on {attack.label} {case.seed}", spec, inputs=inputs,
+            methods={**methods, "recipe": request.defend}, target=attack.attack_target, **case.fields,
         )  # fmt: skip
 
-    def defend(
-        self, defense: Described, attack: Described, victim: str, seed: int, defense_seed: int, gate: str
-    ) -> str:
-        request = self.request
-        needs = {
-            name: self.invert(need["method"], attack, victim, seed, defense_seed, gate)
-            for name, need in defense.needs.items()
-        }
+    def defend(self, defense: Described, case: Case) -> str:
+        """The repaired model, after everything that the defense needs."""
+        request, attack = self.request, case.attack
+        needs = {name: self.need(need, case) for name, need in defense.needs.items()}
         spec = {
-            "victim": victim,
+            "victim": case.victim,
             "defense": defense.identity,
             "recipe": request.defend.identity,
             "needs": needs,
             "target": attack.attack_target if "target" in defense.knows else None,
             "clean_rate": request.clean_rate,
-            "defense_seed": defense_seed,
+            "defense_seed": case.defense_seed,
             "precision": request.precision,
         }
         return self.node(
-            "defend", f"{defense.label} on {attack.label} {seed}", spec,
-            inputs={"victim": victim, **{f"need-{name}": key for name, key in needs.items()}},
-            methods={"defense": defense, "model": request.model, "recipe": request.defend}, victim_seed=seed,
-            defense_seed=defense_seed, target=attack.attack_target, gated_by=gate,
+            "defend", f"{defense.label} on {attack.label} {case.seed}", spec,
+            inputs={"victim": case.victim, **_roles(needs)},
+            methods={"defense": defense, "model": request.model, "recipe": request.defend},
+            target=attack.attack_target, **case.fields,
         )  # fmt: skip
+
+    def need(self, need: Mapping[str, Any], case: Case) -> str:
+        """The stage behind one need of a defense."""
+        if need["kind"] == "trigger":
+            return self.invert(need, case)
+        if need["kind"] == "verdict":
+            return self.verdict(need["method"], case)
+        return self.defend(self.request.needed["defense", need["method"]], case)
+
+    def behind(self, key: str) -> list[str]:
+        """The stages that a repair rests on, nearest first: inversions, verdicts, other repairs; never the victim."""
+        out: list[str] = []
+        for role, other in self.plan.nodes[key].inputs.items():
+            if role == "verdict" or role.startswith(NEED):
+                out += [other, *self.behind(other)]
+        return list(dict.fromkeys(out))
 
     def row(self, attack: Described, defense: Described | None, seed: int, defense_seed: int | None, key: str) -> Row:
         request = self.request
@@ -163,40 +253,52 @@ class Builder:
         if defense is not None:
             resolved["defense"] = dict(defense.identity)
             resolved["defend"] = dict(request.defend.params)
-            for need in defense.needs.values():
-                inverter = request.inverters[need["method"]].label
-                resolved["inverter"] = dict(request.inverters[need["method"]].identity)
+            for other in [request.needed[item] for item in wanted_by(defense)]:
+                resolved.setdefault(f"needs {other.kind}", {})[other.label] = dict(other.identity)
+            triggers = [need["method"] for need in defense.needs.values() if need["kind"] == "trigger"]
+            for text in triggers[:1]:
+                inverter = request.needed["inverter", text].label
+                resolved["inverter"] = dict(request.needed["inverter", text].identity)
         return Row(
             key=key, dataset=request.dataset.label, model=request.model.label, attack=attack.label,
             defense=BEFORE if defense is None else defense.label, victim_seed=seed, defense_seed=defense_seed,
             clean_rate=None if defense is None else request.clean_rate, state="failed",
-            knows=() if defense is None else defense.knows,
+            knows=() if defense is None else defense.told,
             uses_labels=None if defense is None else defense.uses_labels,
             inverter=inverter, clean_n=None if defense is None else self.clean_n, target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
             toy=request.data.toy, params=resolved,
         )  # fmt: skip
 
-    def undefended(self, attack: Described, seed: int) -> tuple[str, str, str]:
+    def undefended(self, attack: Described, seed: int) -> Undefended:
         """Victim, its triggered test images, its predictions."""
         victim = self.train(attack, seed)
         trial = self.trial(attack, seed, victim)
-        return victim, trial, self.predict(victim, trial, f"before on {attack.label} {seed}", seed, None)
+        return Undefended(victim, trial, self.predict(victim, trial, f"before on {attack.label} {seed}", seed, None))
 
     def cell(
-        self, attack: Described, seed: int, undefended: tuple[str, str, str], defense: Described | None = None,
+        self, attack: Described, seed: int, facing: Undefended, defense: Described | None = None,
         defense_seed: int | None = None,
     ) -> None:  # fmt: skip
-        victim, trial, before = undefended
-        after, own, shared = None, (before,), (victim,)
-        if defense is not None and defense_seed is not None:
-            repaired = self.defend(defense, attack, victim, seed, defense_seed, before)
-            after = self.predict(repaired, trial, f"judge {defense.label} on {attack.label} {seed}", seed, before)
-            needs = self.plan.nodes[repaired].spec["needs"]
-            own, shared = (repaired,), tuple(needs.values())
-        key = cells.key({"row": [before, after], "evaluator": evaluate.EVALUATOR_VERSION})
-        row = self.row(attack, defense, seed, defense_seed, key)
-        self.plan.cells.append(Cell(row, victim, before, after, own, shared))
+        after, undefined = None, ""
+        own: tuple[str, ...] = (facing.before,)
+        shared: tuple[str, ...] = (facing.victim,)
+        if defense is not None and "target" in defense.told and attack.attack_target is None:
+            undefined = "the attack has no single target label"
+        elif defense is not None and defense_seed is not None:
+            case = Case(attack, seed, defense_seed, *facing)
+            repaired = self.defend(defense, case)
+            title = f"judge {defense.label} on {attack.label} {seed}"
+            after = self.predict(repaired, facing.trial, title, seed, facing.before)
+            own, shared = (repaired,), tuple(self.behind(repaired))
+        spec = {"row": [facing.before, after], "evaluator": evaluate.EVALUATOR_VERSION}
+        if undefined and defense is not None:
+            spec["undefined"] = [defense.identity, defense_seed]
+        row = self.row(attack, defense, seed, defense_seed, cells.key(spec))
+        inputs = self.plan.nodes[facing.victim].inputs
+        surrogates = tuple(key for role, key in inputs.items() if role.startswith(NEED))
+        cell = Cell(row, facing.victim, facing.before, after, own, shared, surrogates, undefined)
+        self.plan.cells.append(cell)
 
 
 def build(request: Request) -> Plan:
@@ -204,12 +306,12 @@ def build(request: Request) -> Plan:
     builder = Builder(request)
     for attack in request.attacks:
         for seed in request.seeds:
-            undefended = builder.undefended(attack, seed)
-            builder.cell(attack, seed, undefended)
+            facing = builder.undefended(attack, seed)
+            builder.cell(attack, seed, facing)
             for defense in request.defenses:
                 for defense_seed in request.defense_seeds:
-                    builder.cell(attack, seed, undefended, defense, defense_seed)
+                    builder.cell(attack, seed, facing, defense, defense_seed)
     return builder.plan
 
 
-__all__ = ["Builder", "Cell", "Kind", "Node", "Plan", "build"]
+__all__ = ["NEED", "Builder", "Case", "Cell", "Kind", "Node", "Plan", "Undefended", "build"]

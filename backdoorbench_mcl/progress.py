@@ -156,7 +156,7 @@ class Progress:
     def cell(self, row: Row) -> None:
         """A cell is settled: counted, and printed with its ASR, floor and BA or with the reason why it has none."""
         self._cells += 1
-        good = row.state == "ok" or (row.state == "n/a" and row.gate == "weak")
+        good = row.state in ("ok", "n/a")  # that a method has no meaning here is an answer
         self._bad += not good
         seeds = str(row.victim_seed) if row.defense_seed is None else f"{row.victim_seed}/{row.defense_seed}"
         name = one_line(f"{row.attack} / {row.defense}, seed {seeds}", 90)

@@ -48,7 +48,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Described:
-    """One configured method. identity: what enters keys; needs: name -> {"kind", "method"}."""
+    """One configured method. identity: what enters keys; needs: name -> {"kind", "method", "verdict"}; knows: what it
+    is told itself; told: that, and what reaches it through the stages that it needs.
+    """
 
     kind: str
     label: str
@@ -61,7 +63,8 @@ class Described:
     identity: Mapping[str, Any]
     knows: tuple[str, ...] = ()
     uses_labels: bool | None = None
-    needs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attack_target: int | None = None
     budget: str = "full"
     toy: bool = False
@@ -190,7 +193,6 @@ def _dist(offer: Offer | None) -> list[str]:
 
 
 def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok: Mapping[str, Any]) -> Described:
-    defense = ok.get("defense", {})
     dataset = ok.get("dataset", {})
     return Described(
         kind=want.kind,
@@ -206,9 +208,10 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
             "version": ok["version"],
             "params": ok["identity"],
         },
-        knows=tuple(defense.get("knows", ())),
-        uses_labels=defense.get("uses_labels"),
-        needs=defense.get("needs", {}),
+        knows=tuple(ok.get("knows", ())),
+        told=tuple(ok.get("knows", ())),
+        uses_labels=ok.get("uses_labels"),
+        needs=ok.get("needs", {}),
         attack_target=ok.get("attack", {}).get("target"),
         budget=dataset.get("budget", "full"),
         toy=dataset.get("toy", False),
@@ -219,7 +222,7 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
 def _code(target: str) -> str:
     """SHA-256 over the files that a class can depend on: its top-level package and the contracts of this one."""
     top = target.partition(":")[0].partition(".")[0]
-    files = [Path(__file__).with_name(name) for name in ("api.py", "method.py", "describe.py", "kit.py")]
+    files = [Path(__file__).with_name(name) for name in ("api.py", "method.py", "triggers.py", "describe.py", "kit.py")]
     spec = importlib.util.find_spec(top)
     if spec is None:
         return "absent"

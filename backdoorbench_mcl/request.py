@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from .registry import Described, Registry, Wanted
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
 BEFORE = "before"  # the label of the undefended victim
 Precision = Literal["fp32", "bf16"]
+Needed = Mapping[tuple[str, str], Described]  # (kind of method, text) -> the method behind a need
+PROVIDERS: Mapping[str, str] = {"trigger": "inverter", "verdict": "inverter", "result": "defense", "model": "recipe"}
 PrepareData = Callable[[Described, Path | None, str], datacache.DataInfo]
 
 
@@ -44,14 +46,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """A resolved matrix. `inverters` maps the text of a need to its configured inverter."""
+    """A resolved matrix. `needed`: the configured method behind every need, by its kind and text."""
 
     dataset: Described
     data: datacache.DataInfo
     model: Described
     attacks: Sequence[Described]
     defenses: Sequence[Described]
-    inverters: Mapping[str, Described]
+    needed: Needed
     train: Described
     defend: Described
     seeds: Sequence[int]
@@ -143,6 +145,50 @@ class _Settings:
                 raise UserError(f"--set {name}...: nothing selected is called {name!r}; {hint}")
 
 
+def wanted_by(method: Described) -> list[tuple[str, str]]:
+    """Kind and text of every method that `method` needs, detectors included."""
+    out = []
+    for need in method.needs.values():
+        out.append((PROVIDERS[need["kind"]], need["method"]))
+        if need["verdict"] is not None:
+            out.append(("inverter", need["verdict"]))
+    return out
+
+
+def _describe_needed(registry: Registry, table: _Settings, methods: Sequence[Described]) -> Needed:
+    """Everything that `methods` need, and what that needs in turn."""
+    found: dict[tuple[str, str], Described] = {}
+    waiting = list(methods)
+    while waiting:
+        asked = sorted({item for method in waiting for item in wanted_by(method)} - set(found))
+        chosen = [params.selection(text) for _, text in asked]
+        for (kind, _), selection in zip(asked, chosen, strict=True):
+            if kind != "recipe":
+                registry.find(kind, selection.name)  # type: ignore[arg-type]
+        waiting = registry.describe(
+            [Wanted(kind, s, table.of(s)) for (kind, _), s in zip(asked, chosen, strict=True)]  # type: ignore[arg-type]
+        )
+        found.update(zip(asked, waiting, strict=True))
+    return found
+
+
+def _told(method: Described, needed: Needed, above: tuple[str, ...] = ()) -> frozenset[str]:
+    """What a method gets to know itself and by way of the stages that it needs; raises PluginError where they circle.
+
+    A label that a detector named is no knowledge of the target: it may be wrong.
+    """
+    if method.label in above:
+        raise PluginError(f"{method.label} needs itself, by way of {' and '.join(above)}")
+    told = set(method.knows)
+    for need in method.needs.values():
+        other = _told(needed[PROVIDERS[need["kind"]], need["method"]], needed, (*above, method.label))
+        detected = need["kind"] == "verdict" or need["verdict"] is not None
+        if need["verdict"] is not None:
+            other |= _told(needed["inverter", need["verdict"]], needed, (*above, method.label))
+        told |= other - {"target"} if detected else other
+    return frozenset(told)
+
+
 def _check_declarations(defense: Described, offer: Offer) -> None:
     """What a table shows of a method's knowledge must be all of it. Raises PluginError."""
     undeclared = sorted(set(defense.knows) - set(offer.entry.may_know))
@@ -151,10 +197,10 @@ def _check_declarations(defense: Described, offer: Offer) -> None:
             f"plugin {offer.plugin.id}: {defense.label} is told {', '.join(undeclared)}, which its Entry does not list "
             f"in may_know={offer.entry.may_know!r}"
         )
-    if defense.needs and "target" not in defense.knows:  # a trigger is fitted to the target, and gives it away
+    if "target" in defense.told and "target" not in defense.knows:  # a trigger fitted to the target gives it away
         raise PluginError(
-            f"plugin {offer.plugin.id}: {defense.label} needs {', '.join(sorted(defense.needs))}, an inverted trigger, "
-            "which tells it the target label; add 'target' to its `knows`"
+            f"plugin {offer.plugin.id}: {defense.label} needs {', '.join(sorted(defense.needs))}, which tells it the "
+            "target label; add 'target' to its `knows`"
         )
 
 
@@ -196,10 +242,9 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     described = registry.describe(wanted)
     model, train, defend = described[:3]
     found_attacks, found_defenses = described[3 : 3 + len(attacks)], described[3 + len(attacks) :]
-    needed = sorted({need["method"] for d in found_defenses for need in d.needs.values()})
-    chosen = [params.selection(text) for text in needed]
-    inverters = registry.describe([Wanted("inverter", selection, table.of(selection)) for selection in chosen])
+    needed = _describe_needed(registry, table, [*found_attacks, *found_defenses])
     table.check()
+    found_defenses = [replace(d, told=tuple(sorted(_told(d, needed)))) for d in found_defenses]
     for selection, defense in zip(defenses, found_defenses, strict=True):
         _check_declarations(defense, registry.find("defense", selection.name))
 
@@ -212,9 +257,12 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
             )
     cells.clean_count(data.n_train, options.clean_rate)  # says so if that is no image at all
     return Request(
-        dataset, data, model, found_attacks, found_defenses, dict(zip(needed, inverters, strict=True)), train, defend,
+        dataset, data, model, found_attacks, found_defenses, needed, train, defend,
         seeds, defense_seeds, options.clean_rate, preset, budget, device, precision,
     )  # fmt: skip
 
 
-__all__ = ["BEFORE", "CONTROL", "Options", "Request", "resolve", "resolve_device", "resolve_precision"]
+__all__ = [
+    "BEFORE", "CONTROL", "PROVIDERS", "Needed", "Options", "Request", "resolve", "resolve_device",
+    "resolve_precision", "wanted_by",
+]  # fmt: skip

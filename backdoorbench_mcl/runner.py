@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import artefacts, cells, confine, datacache, params, plan, plugins, provenance, request
 from .engines.local import Finished, Isolation, Local
@@ -165,8 +165,9 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     kinds = Counter(node.kind for node in graph.nodes.values())
     missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
     lines = [*summary(asked, using), f"{len(graph.cells)} cells in {settings.runs}"]
-    for kind in ("train", "trial", "invert", "defend", "predict"):
-        lines.append(f"  {kind:8} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
+    for kind in get_args(plan.Kind):
+        if kinds[kind] or kind not in ("surrogate", "verdict"):
+            lines.append(f"  {kind:9} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
     return lines
 
 

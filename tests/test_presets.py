@@ -62,8 +62,11 @@ def test_repairs_follow_the_table_of_the_code(preset: str) -> None:
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        (BadNets(), {"target": 5, "rate": 0.1, "margin": 0, "size": 3}),
-        (Blend(), {"target": 5, "rate": 0.1, "alpha": 0.1, "colours": "random"}),
+        (BadNets(), {"target": 5, "rate": 0.1, "margin": 0, "size": 3, "targets": "one"}),
+        (
+            Blend(),
+            {"target": 5, "rate": 0.1, "alpha": 0.1, "colours": "random", "pattern": "auto", "targets": "one"},
+        ),
         (NoAttack(), {"target": 5}),
         (FT(), {"nesterov": True, "lr": None, "epochs": None, "steps": None}),
         (
@@ -90,7 +93,7 @@ def test_defaults_of_the_classes_are_preset_paper(method: Method, expected: dict
 
 def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
     paper, authors, clean = (settings(preset, "full", "cifar10") for preset in PRESETS)
-    assert set(paper) == {"train", "defend"}
+    assert set(paper) == {"train", "natural", "robust", "defend"}
     assert {name: authors[name] for name in set(authors) - set(paper)} == {
         "nc-box": {"box": "normalized"},
         "blend": {"alpha": 0.2, "colours": "grey"},
@@ -101,12 +104,18 @@ def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_budgets_change_only_how_much_is_done(preset: str) -> None:
     full, mid, quick = (settings(preset, budget, "cifar10") for budget in BUDGETS)  # type: ignore[arg-type]
-    assert mid == {**full, "train": {**full["train"], "epochs": 15}}
+    assert mid == {
+        **full,
+        "train": {**full["train"], "epochs": 15},
+        "natural": {**full["natural"], "epochs": 5},
+        "robust": {**full["robust"], "epochs": 10, "pgd_steps": 1, "pgd_step": 10.0},
+    }
     changed = {
         name: {key for key, value in quick[name].items() if full.get(name, {}).get(key) != value} for name in quick
     }
     assert {name: keys for name, keys in changed.items() if keys} == {
-        name: {"steps"} for name in ("train", "defend", "nc-box")
+        **{name: {"steps"} for name in ("train", "defend", "nc-box", "natural")},
+        "robust": {"steps", "pgd_steps", "pgd_step"},
     }
 
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
-STATES = ("ok", "failed", "diverged")  # that a job's own result may have
+STATES = ("ok", "failed", "diverged", "n/a")  # that a job's own result may have
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """A job ended. state: "ok", "failed", "diverged", "killed" or "timeout"; result: what `jobs.run` wrote, or {}."""
+    """A job ended. state: "ok", "failed", "diverged", "n/a", "killed", "timeout"; result: what the job wrote, or {}."""
 
     folder: Path
     state: str

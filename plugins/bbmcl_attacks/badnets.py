@@ -9,14 +9,15 @@ Should reach: ASR 99.64, BA without the target class 83.01 on CIFAR-10, WRN-16-1
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from backdoorbench_mcl.api import Attack, AttackContext, Count, Ge, Images, Label, Poisoned, Rate, State
+from backdoorbench_mcl.api import AttackContext, Count, Ge, Label, Rate, State
 
-from .dirty_label import check_fits, check_target, poison_any_class
+from .dirty_label import DirtyLabel, check_fits
 
 
 def corner_patch(size: int) -> Tensor:
@@ -40,35 +41,38 @@ def stamp_patch(x: Tensor, patch: Tensor, top: int, left: int) -> Tensor:
     return out
 
 
-class BadNets(Attack):
+class BadNets(DirtyLabel):
     """A `size` x `size` patch, `margin` pixels away from the bottom right corner, on a share `rate` of all images.
 
+    targets="all": all-to-all, each label y becomes (y + 1) mod K; `target` plays no part then.
     prepare raises UserError when the target is no class or the patch does not fit.
     """
 
     name = "badnets"
-    target: int
     paper = "Gu et al., BadNets, 2017, arXiv 1708.06733"
+    added: ClassVar[Mapping[str, Any]] = {"targets": "one"}
 
     def __init__(
-        self, *, target: Label = 5, rate: Rate = 0.1, margin: Annotated[int, Ge(0)] = 0, size: Count = 3
+        self,
+        *,
+        target: Label = 5,
+        rate: Rate = 0.1,
+        margin: Annotated[int, Ge(0)] = 0,
+        size: Count = 3,
+        targets: Literal["one", "all"] = "one",
     ) -> None:
-        self.target = target
+        self.target = target if targets == "one" else None
         self.rate = rate
         self.margin = margin
         self.size = size
 
     def prepare(self, ctx: AttackContext) -> State:
         """The patch and the place of its top left pixel, both kept with the victim."""
-        check_target(self.name, self.target, ctx.classes)
+        goals = self.goals(ctx.classes)
         height, width = ctx.train.x.shape[-2:]
         top, left = height - self.size - self.margin, width - self.size - self.margin
         check_fits(self.name, top, left, self.size, (height, width))
-        return State({"patch": corner_patch(self.size)}, {"top": top, "left": left})
-
-    def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:
-        """floor(rate * N) stamped images of any class, labelled as the target."""
-        return poison_any_class(self, self.target, self.rate, train, state, rng)
+        return State({"patch": corner_patch(self.size)}, {"top": top, "left": left, **goals})
 
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
         """Overwrite the corner of x, uint8 (B, C, H, W), in a copy."""

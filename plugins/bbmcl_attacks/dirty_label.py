@@ -5,9 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
-from backdoorbench_mcl.api import Attack, Images, Poisoned, State, UserError
+from backdoorbench_mcl.api import Attack, Goal, Images, Poisoned, State, UserError
 from backdoorbench_mcl.kit import choose
+
+CHUNK = 64  # images stamped at a time: 10 MB at 224x224
 
 
 def poison_count(rate: float, total: int) -> int:
@@ -36,13 +39,49 @@ def check_fits(name: str, top: int, left: int, size: int, shape: tuple[int, int]
         )
 
 
-def poison_any_class(
-    attack: Attack, target: int, rate: float, train: Images, state: State, rng: torch.Generator
-) -> Poisoned:
-    """Stamp floor(rate * N) images drawn from all classes, the target's own included, and call them `target`.
+def stamp_chosen(attack: Attack, train: Images, index: Tensor, state: State, rng: torch.Generator) -> Tensor:
+    """The images at `index`, int64 (P,), stamped: uint8 (P, C, H, W).
 
-    Source: spec 4, common settings of the poisoned-label attacks.
+    The only copy of them all; a tenth of a large data set is most of a gigabyte, so that the rest is done in chunks.
     """
-    index = choose(len(train), poison_count(rate, len(train)), rng)  # (P,) int64, sorted
-    chosen = train.subset(index)
-    return Poisoned(index, attack.stamp(chosen.x, chosen.y, state, rng), torch.full_like(chosen.y, target))
+    where = index.to(train.x.device)
+    out = torch.empty((len(index), *train.x.shape[1:]), dtype=torch.uint8, device=train.x.device)
+    for into, chunk in zip(out.split(CHUNK), where.split(CHUNK), strict=True):
+        into.copy_(attack.stamp(train.x[chunk], train.y[chunk.to(train.y.device)], state, rng))
+    return out
+
+
+class DirtyLabel(Attack):
+    """An attack that relabels what it stamps: as one target, or, all-to-all, each label y as (y + 1) mod K.
+
+    A subclass sets `rate` and, for all-to-all, a `target` of None; its prepare keeps `goals` in the state's meta.
+    """
+
+    rate: float
+
+    def goals(self, classes: int) -> dict[str, int]:
+        """What goal() will need, for State.meta: the number of classes, where they are all targets.
+
+        Raises UserError when the one target is no class, or when all-to-all has nowhere to go.
+        """
+        if self.target is not None:
+            check_target(self.name, self.target, classes)
+            return {}
+        if classes < 2:
+            raise UserError(f"{self.name}: targets='all' needs two classes or more, the data set has {classes}")
+        return {"classes": classes}
+
+    def goal(self, y: Tensor, state: State) -> Goal:
+        """Labels (N,) -> the target on all others; all-to-all: the next label, on every image (spec 1.1)."""
+        if self.target is not None:
+            return super().goal(y, state)
+        return Goal((y + 1) % state.meta["classes"], torch.ones_like(y, dtype=torch.bool))
+
+    def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:
+        """floor(rate * N) stamped images drawn from all classes, the target's own included, with the attacker's labels.
+
+        Source: spec 4, common settings of the poisoned-label attacks.
+        """
+        index = choose(len(train), poison_count(self.rate, len(train)), rng)  # (P,) int64, sorted
+        y = self.goal(train.y[index.to(train.y.device)], state).y
+        return Poisoned(index, stamp_chosen(self, train, index, state, rng), y)

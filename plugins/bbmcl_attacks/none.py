@@ -41,6 +41,6 @@ class NoAttack(Attack):
         """A copy of x, uint8 (B, C, H, W)."""
         return x.clone()
 
-    def goal(self, y: Tensor) -> Goal:
+    def goal(self, y: Tensor, state: State) -> Goal:
         """The target for every label in y (N,), and no image that counts."""
         return Goal(torch.full_like(y, self.target), torch.zeros_like(y, dtype=torch.bool))

@@ -1,0 +1,92 @@
+"""The jobs that look for a trigger: a verdict names suspicious labels, an inversion fits triggers to labels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import api, kit
+from .errors import Diverged, PluginError
+from .job import Job, attack_state, label_key, require_finite
+
+
+def _context(job: Job, name: str, part: str = "") -> api.InverterContext:
+    # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
+    recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
+    grants = job.spec.get("grants", {})
+    granted: dict[str, Any] = {"location": api.Location(*grants["location"])} if "location" in grants else {}
+    if "attack" in job.spec:
+        state, attack = attack_state(job), job.spec["attack"]
+        granted["trigger"] = api.TrueTrigger(attack["target"], attack["params"], state.tensors, state.meta)
+    return api.InverterContext(
+        **job.context(job.rng("invert"), recipe, part),
+        clean=job.clean(),
+        needs=job.needs(),
+        granted=api.Granted(name, granted),
+    )
+
+
+def verdict(job: Job) -> None:
+    """What a detector says of the victim. meta: flagged labels, anomaly index and norm of every label."""
+    inverter = cast(api.Inverter, job.method("inverter"))
+    found = inverter.detect(job.victim(), _context(job, inverter.name))
+    if not isinstance(found, api.Verdict) or len(found.index) != job.spec["data"]["classes"]:
+        raise PluginError(f"{inverter.name}: detect() must return a Verdict with an index for each label")
+    if not all(math.isfinite(value) for value in (*found.index, *found.norms)):
+        raise Diverged(f"{inverter.name}: an anomaly index is not finite")
+    job.save_meta({"flagged": list(found.flagged), "index": list(found.index), "norms": list(found.norms)})
+
+
+def invert(job: Job) -> None:
+    """An inverted trigger, or one for each label that a verdict flagged. out: trigger, its tensors' names under the
+    label in the second case; meta: its class and how good it is, measured here and not by the method.
+    """
+    inverter, victim = cast(api.Inverter, job.method("inverter")), job.victim()
+    tensors: dict[str, Tensor] = {}
+    quality: list[dict[str, Any]] = []
+    where = "backdoorbench_mcl.api:Trigger"  # of no label at all
+    for label in job.spec["labels"]:
+        context = _context(job, inverter.name, f"label-{label}" if job.spec["detected"] else "")
+        trigger = inverter.invert(kit.frozen(victim), int(label), context)
+        if not isinstance(trigger, api.Trigger):
+            raise PluginError(f"{inverter.name}: invert() returned {type(trigger).__name__}, expected a Trigger")
+        own = trigger.tensors()
+        require_finite(own)
+        quality.append(_quality(victim, trigger, int(label), context.clean, job.rng("stamp"), own.get("mask")))
+        tensors.update({label_key(label, name) if job.spec["detected"] else name: own[name] for name in own})
+        where = f"{type(trigger).__module__}:{type(trigger).__qualname__}"
+    job.save("trigger", tensors)
+    first = quality[0] if quality else {"success": None, "success_k": 0, "success_n": 0, "l1": None}
+    modules = [where, *([job.spec["attack"]["target"]] if "attack" in job.spec else [])]
+    job.save_meta({**first, "class": where, "modules": modules, "labels": job.spec["labels"], "each": quality})
+
+
+def _quality(
+    victim: api.Classifier, trigger: api.Trigger, target: int, clean: api.Images, rng: torch.Generator,
+    mask: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    """success: the share of clean images, not already called the target by the victim, that the trigger sends to it.
+
+    Labels are not granted to an inversion, so the victim's own prediction stands in for them.
+    """
+    hit, other, changed = 0, 0, 0.0
+    with torch.no_grad():
+        for batch in clean.batches(256):
+            away = victim(batch.x).argmax(1) != target
+            stamped = trigger.apply(batch.x, rng).clamp(0, 1)
+            hit += int(((victim(stamped).argmax(1) == target) & away).sum())
+            other += int(away.sum())
+            changed += float(((stamped - batch.x).abs().amax(1) > 1 / 255).float().sum())
+    return {
+        "success": 100 * hit / other if other else None,
+        "success_k": hit,
+        "success_n": other,
+        "l1": None if mask is None else float(mask.abs().sum()),
+        "pixels_changed": changed / len(clean),
+    }
+
+
+__all__ = ["invert", "verdict"]
