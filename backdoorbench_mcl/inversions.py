@@ -74,7 +74,7 @@ def _quality(
     """
     hit, other, changed = 0, 0, 0.0
     with torch.no_grad():
-        for batch in clean.batches(256):
+        for batch in clean.batches(min(256, kit.at_once(clean.x))):
             away = victim(batch.x).argmax(1) != target
             stamped = trigger.apply(batch.x, rng).clamp(0, 1)
             hit += int(((victim(stamped).argmax(1) == target) & away).sum())

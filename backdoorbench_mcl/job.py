@@ -105,7 +105,11 @@ class Job:
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write `out/<name>.safetensors`."""
-        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        plain: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            value = tensor.detach().cpu().contiguous()
+            taken = any(value.data_ptr() == other.data_ptr() for other in plain.values())
+            plain[key] = value.clone() if taken else value  # safetensors refuses two names for one memory
         save_file(plain, self.folder / "out" / f"{name}.safetensors")
 
     def save_meta(self, meta: Mapping[str, Any]) -> None:

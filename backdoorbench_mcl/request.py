@@ -197,7 +197,7 @@ def _check_declarations(defense: Described, offer: Offer) -> None:
             f"plugin {offer.plugin.id}: {defense.label} is told {', '.join(undeclared)}, which its Entry does not list "
             f"in may_know={offer.entry.may_know!r}"
         )
-    if "target" in defense.told and "target" not in defense.knows:  # a trigger fitted to the target gives it away
+    if "target" in set(defense.told) - set(defense.knows):  # a trigger fitted to the target gives it away
         raise PluginError(
             f"plugin {offer.plugin.id}: {defense.label} needs {', '.join(sorted(defense.needs))}, which tells it the "
             "target label; add 'target' to its `knows`"

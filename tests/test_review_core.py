@@ -20,7 +20,7 @@ from backdoorbench_mcl import archive, cells, evaluate, plan, runner
 from backdoorbench_mcl.artefacts import Damaged
 from backdoorbench_mcl.datacache import DataInfo
 from backdoorbench_mcl.engines.local import Finished, Local
-from backdoorbench_mcl.errors import PluginError, UserError
+from backdoorbench_mcl.errors import NotApplicable, PluginError, UserError
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.matrix import Matrix
 from backdoorbench_mcl.plan import Plan
@@ -113,7 +113,7 @@ def test_an_inversion_without_a_target_label_is_one_line(finished: Path, tmp_pat
     node = next(node for node in plan.build(asked).nodes.values() if node.kind == "invert")
     victim = store.stage(node.inputs["victim"])
     assert victim is not None
-    with pytest.raises(PluginError, match=r"nc-box.* needs one target label; this attack has none"):
+    with pytest.raises(NotApplicable, match=r"nc-box.*: the attack has no single target label"):
         grants.fill(dataclasses.replace(node, target=None), {"victim": store.open(victim)}, tmp_path)
     store.close()
 
@@ -143,10 +143,11 @@ def offer(*may_know: str) -> Offer:
 
 
 def test_knowledge_by_way_of_a_need_is_declared() -> None:
-    needs = {"trigger": {"kind": "trigger", "method": "nc-box"}}
+    needs = {"trigger": {"kind": "trigger", "method": "nc-box", "verdict": None}}
+    told: dict[str, Any] = {"needs": needs, "told": ("target",)}
     with pytest.raises(PluginError, match="add 'target' to its `knows`"):
-        _check_declarations(described(needs=needs), offer("target"))
-    _check_declarations(described(needs=needs, knows=("target",)), offer("target"))
+        _check_declarations(described(**told), offer("target"))
+    _check_declarations(described(**told, knows=("target",)), offer("target"))
 
 
 def test_knowledge_that_the_entry_hides_is_refused() -> None:
@@ -366,13 +367,13 @@ def large(attacks: int, defenses: int, seeds: int) -> Request:
         identity = {"name": f"pkg/{name}", "version": 1, "params": {"target": 5, "rate": 0.1}}
         return described(kind=kind, label=name, identity=identity, params={"augment": "none"}, **rest)
 
-    needs = {"trigger": {"kind": "trigger", "method": "nc"}}
+    needs = {"trigger": {"kind": "trigger", "method": "nc", "verdict": None}}
     return Request(
         one("dataset", "cifar10"), info, one("model", "wrn"),
         [one("attack", f"a{i}", attack_target=5) for i in range(attacks)],
         [one("defense", f"d{i}", knows=("target",), needs=needs) for i in range(defenses)],
-        {"nc": one("inverter", "nc")}, one("recipe", "train"), one("recipe", "defend"), range(seeds), [0], 0.05,
-        "paper", "full", "cpu", "fp32",
+        {("inverter", "nc"): one("inverter", "nc")}, one("recipe", "train"), one("recipe", "defend"), range(seeds), [0],
+        0.05, "paper", "full", "cpu", "fp32",
     )  # fmt: skip
 
 

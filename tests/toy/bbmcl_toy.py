@@ -16,8 +16,18 @@ def bbmcl_models() -> list[Entry]:
 
 
 @hookimpl
+def bbmcl_inverters() -> list[Entry]:
+    return [
+        Entry(
+            "oracle", "bbmcl_toy_methods:Oracle", "repeats what it was told", may_know=("target", "location", "trigger")
+        )
+    ]
+
+
+@hookimpl
 def bbmcl_defenses() -> list[Entry]:
     return [
         Entry("same", "bbmcl_toy_methods:Same", "returns the victim"),
+        Entry("needy", "bbmcl_toy_methods:Needy", "looks at what it needs", may_know=("target",)),
         Entry("offender", "bbmcl_toy_methods:Offender", "fails in the way that it is told"),
     ]

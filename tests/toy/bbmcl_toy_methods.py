@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,16 @@ from backdoorbench_mcl.api import (
     Defense,
     DefenseContext,
     Images,
+    Inverter,
+    InverterContext,
+    Knowledge,
+    MaskPattern,
     Model,
+    Need,
+    Selector,
     Source,
+    Trigger,
+    Verdict,
 )
 
 
@@ -86,6 +95,83 @@ class Same(Defense):
 
     def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
         assert bool((ctx.clean.y == -1).all())
+        return model
+
+
+class Oracle(Inverter):
+    """The box it is told of, in one grey, or the attacker's own trigger; as a detector it flags what it is told to."""
+
+    name = "oracle"
+
+    def __init__(
+        self, *, know: Literal["target", "location", "trigger"] = "target", flags: tuple[int, ...] = ()
+    ) -> None:
+        self.know: Literal["target", "location", "trigger"] = know
+        self.flags = flags
+
+    @property
+    def knows(self) -> frozenset[Knowledge]:
+        return frozenset({"target", self.know})
+
+    def invert(self, model: Classifier, target: int, ctx: InverterContext) -> Trigger:
+        assert bool((ctx.clean.y == -1).all())
+        if self.know == "trigger":
+            found: Trigger = ctx.granted.trigger
+            return found
+        mask = torch.zeros(ctx.clean.x.shape[2:])
+        if self.know == "location":
+            top, left, height, width = ctx.granted.location
+            mask[top : top + height, left : left + width] = 1
+        return MaskPattern(mask, torch.full(ctx.clean.x.shape[1:], target / 10))
+
+    def detect(self, model: Classifier, ctx: InverterContext) -> Verdict:
+        return Verdict(self.flags, (0.5,) * ctx.classes, (1.0,) * ctx.classes)
+
+
+class Needy(Defense):
+    """Returns the victim if what it needs is what it expects: otherwise its cell fails."""
+
+    name = "needy"
+
+    def __init__(
+        self, *, kind: Literal["trigger", "detect", "verdict", "result", "itself"] = "trigger",
+        inverter: Selector = "oracle", detector: Selector = "oracle",
+    ) -> None:  # fmt: skip
+        self.kind = kind
+        self.inverter = inverter
+        self.detector = detector
+
+    @property
+    def knows(self) -> frozenset[Knowledge]:
+        return frozenset({"target"} if self.kind == "trigger" else ())
+
+    def needs(self) -> Mapping[str, Need]:
+        return {
+            "it": {
+                "trigger": Need("trigger", self.inverter),
+                "detect": Need("trigger", self.inverter, verdict=self.detector),
+                "verdict": Need("verdict", self.detector),
+                "result": Need("result", "ft(steps=3)"),
+                "itself": Need("result", "needy(kind=itself)"),
+            }[self.kind]
+        }
+
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
+        it, x = ctx.needs["it"], ctx.clean.x[:8].float() / 255
+        if self.kind == "trigger":
+            assert isinstance(it, Trigger)
+            changed = (it.apply(x) != x).any(0).any(0).nonzero()
+            print("changed", changed.min(0).values.tolist(), changed.max(0).values.tolist())
+        elif self.kind == "detect":
+            assert all(abs(float(trigger.pattern.mean()) - label / 10) < 1e-6 for label, trigger in it.items())
+            print("labels", list(it))
+        elif self.kind == "verdict":
+            assert isinstance(it, Verdict)
+        else:
+            with torch.no_grad():
+                assert not torch.equal(it(x), model(x))
+            assert isinstance(it, Classifier)
+            return it
         return model
 
 

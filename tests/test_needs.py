@@ -1,0 +1,178 @@
+"""Stages that methods ask for: who gets what, in which type, and what a cell says where there is nothing to get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from safetensors.numpy import load_file
+
+from backdoorbench_mcl import artefacts, plan, runner
+from backdoorbench_mcl.errors import PluginError
+from backdoorbench_mcl.rows import Row
+from backdoorbench_mcl.runner import Settings
+from backdoorbench_mcl.store import Store
+from backdoorbench_mcl.triggers import MaskPattern, TrueTrigger, Verdict
+from bbmcl_attacks.badnets import BadNets, corner_patch
+
+STEPS = ("train.steps=200", "defend.steps=5")
+NATURAL, ROBUST = (*STEPS, "natural.steps=20"), (*STEPS, "robust.steps=20", "robust.pgd_steps=1")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("needs") / "runs"
+
+
+def run(
+    runs: Path, defenses: str, attacks: str = "badnets(target=1,rate=0.2)", overrides: tuple[str, ...] = STEPS
+) -> list[Row]:
+    asked = small.options(attacks, defenses, overrides=overrides)
+    rows = runner.run_matrix(asked, Settings(runs=runs, workers=1, threads=1), live=False)
+    return [row for row in rows if row.defense != "before"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_inverter_is_told_the_place_or_the_trigger_and_the_row_says_so(runs: Path) -> None:
+    known = {know: f"needy(inverter='oracle(know={know})')" for know in ("location", "trigger")}
+    place, trigger = run(runs, ",".join(known.values()))
+    assert (place.state, place.knows) == ("ok", ("location", "target"))
+    assert (trigger.state, trigger.knows) == ("ok", ("target", "trigger"))
+    store = Store(runs)
+    found = {row.defense: store.open(stage) for row in (place, trigger) if (stage := store.stage(row.stages["invert"]))}
+    mask = load_file(found[place.defense] / "trigger.safetensors")["mask"]
+    assert mask.sum() == 9
+    assert mask[-3:, -3:].all()
+    stored = load_file(found[trigger.defense] / "trigger.safetensors")
+    again = TrueTrigger.from_tensors({name: torch.from_numpy(value) for name, value in stored.items()})
+    x = torch.full((2, 3, 8, 8), 100 / 255)
+    expected = x.clone()
+    expected[..., -3:, -3:] = corner_patch(3) / 255
+    assert torch.equal(again.apply(x), expected)
+    assert trigger.inverter_success is not None
+    assert trigger.inverter_success > 90
+    store.close()
+
+
+@pytest.mark.usefixtures("toy")
+def test_no_place_is_told_of_a_trigger_that_is_no_patch(tmp_path: Path) -> None:
+    place = "needy(inverter='oracle(know=location)')"
+    row = run(tmp_path, place, "blend(target=1,rate=0.2,alpha=0.9)")[0]
+    assert row.state == "n/a"
+    assert row.reason.endswith("oracle(know=location): the trigger of this attack is no patch of fixed pixels")
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(("flags", "told"), [("()", "clean"), ("(2,)", "flagged 2"), ("(3,0)", "flagged 3, 0")])
+def test_a_verdict_names_the_labels_and_the_method_is_told_nothing(runs: Path, flags: str, told: str) -> None:
+    both = [f"needy(kind={kind},detector='oracle(flags={flags})')" for kind in ("detect", "verdict")]
+    detect, verdict = run(runs, ",".join(both))
+    for row in (detect, verdict):
+        assert (row.state, row.reason, row.knows, row.verdict) == ("ok", "", (), told)
+    store = Store(runs)
+    stage = store.stage(detect.stages["invert"])
+    assert stage is not None
+    meta = artefacts.read_meta(store.open(stage))
+    assert meta["labels"] == json.loads(flags.replace("(", "[").replace(",)", "]").replace(")", "]"))
+    assert len(meta["each"]) == len(meta["labels"])
+    assert (meta["success"] is None) == (flags == "()")
+    store.close()
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_result_of_another_defense_is_shared_with_its_own_cell(runs: Path) -> None:
+    ft, needy = run(runs, "ft(steps=3),needy(kind=result)")
+    assert needy.state == "ok"
+    assert needy.ba == ft.ba
+    assert needy.knows == ()
+    graph = plan.build(small.resolve(small.options("badnets", "ft(steps=3),needy(kind=result)")))
+    assert sum(node.kind == "defend" for node in graph.nodes.values()) == 2
+    assert needy.seconds_shared is not None
+    assert needy.seconds is not None
+    assert needy.seconds_shared > needy.seconds
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_need_that_circles_is_one_line() -> None:
+    with pytest.raises(PluginError, match=r"needy\(kind=itself\) needs itself"):
+        small.resolve(small.options("badnets", "needy(kind=itself)"))
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_surrogate_is_trained_once_for_all_who_want_it_and_never_is_the_victim(runs: Path) -> None:
+    attacks = "trojan(target=1,rate=0.2,margin=0,steps=5),cl(target=1,steps=2,step=8.0,surrogate=natural)"
+    graph = plan.build(small.resolve(small.options(attacks, "same", overrides=NATURAL, seeds="0-1")))
+    surrogates = [node for node in graph.nodes.values() if node.kind == "surrogate"]
+    assert len(surrogates) == 1
+    for node in graph.nodes.values():
+        if node.kind == "train":
+            assert node.inputs == {"need-surrogate": surrogates[0].key}
+    row = run(runs, "same", attacks.partition("),")[0] + ")", NATURAL)[0]
+    assert row.surrogate == "natural"
+    store = Store(runs)
+    keys = (surrogates[0].key, row.stages["model"])
+    stages = {stage.kind: stage for stage in store.stages() if stage.key in keys}
+    weights = {kind: load_file(store.open(stage) / "weights.safetensors") for kind, stage in stages.items()}
+    assert (weights["surrogate"]["conv.weight"] != weights["train"]["conv.weight"]).any()
+    meta = artefacts.read_meta(store.open(stages["surrogate"]))
+    assert meta["pgd"] is None
+    assert 0 < meta["accuracy"] <= 100
+    store.close()
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_robust_surrogate_is_called_so_only_where_it_holds(tmp_path: Path) -> None:
+    row = run(tmp_path, "same", "cl(target=1,steps=4,step=8.0)", ROBUST)[0]
+    store = Store(tmp_path)
+    meta = next(artefacts.read_meta(store.open(stage)) for stage in store.stages() if stage.kind == "surrogate")
+    store.close()
+    word = "robust" if meta["pgd"] >= 40 else "natural"
+    assert row.surrogate.startswith(f"{word}: {meta['pgd']:.1f} % under PGD-10")
+
+
+@pytest.mark.usefixtures("toy")
+def test_all_to_all_is_not_applicable_where_a_target_is_needed(tmp_path: Path) -> None:
+    defenses = "needy,needy(kind=verdict),ft"
+    asked = small.options("badnets(targets=all,rate=0.5)", defenses, overrides=("train.steps=300",))
+    before, needy, verdict, ft = runner.run_matrix(asked, Settings(runs=tmp_path, workers=1, threads=1), live=False)
+    assert before.asr_n == 100
+    assert before.tca is None
+    assert (needy.state, needy.reason) == (
+        ("n/a", "the attack has no single target label") if before.gate != "weak" else ("n/a", "weak attack")
+    )
+    assert {verdict.state, ft.state} == ({"ok"} if before.gate != "weak" else {"n/a"})
+
+
+def test_a_verdict_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="flagged labels"):
+        Verdict((3,), (0.0,) * 3, (1.0,) * 3)
+    with pytest.raises(ValueError, match="flagged labels"):
+        Verdict((), (0.0,) * 3, (1.0,) * 2)
+
+
+def test_the_true_trigger_round_trips_and_stamps_what_the_attack_stamps() -> None:
+    state: dict[str, Any] = {"tensors": {"patch": corner_patch(3)}, "meta": {"top": 5, "left": 2}}
+    trigger = TrueTrigger("bbmcl_attacks.badnets:BadNets", BadNets(target=1).params, **state)
+    again = TrueTrigger.from_tensors(trigger.tensors())
+    x = torch.randint(0, 256, (3, 3, 8, 8)).float() / 255
+    stamped = again.apply(x)
+    assert torch.equal(stamped, trigger.apply(x))
+    assert torch.equal(stamped[:, :, 5:8, 2:5] * 255, corner_patch(3).float().expand(3, 3, 3, 3))
+    rest = torch.ones(8, 8, dtype=torch.bool)
+    rest[5:8, 2:5] = False
+    assert torch.equal(stamped[:, :, rest], x[:, :, rest])
+
+
+def test_triggers_stored_before_they_had_a_module_of_their_own_are_found() -> None:
+    from backdoorbench_mcl import api
+
+    assert api.MaskPattern is MaskPattern
