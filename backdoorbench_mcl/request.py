@@ -226,6 +226,8 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     model_selection = params.selection(options.model)
     registry.find("model", model_selection.name)
     own = overrides.get(dataset_selection.name, {})
+    said = presets.settings(preset, "full", dataset_selection.name)  # type: ignore[arg-type]
+    own = {**said.get(dataset_selection.name, {}), **own}
     dataset = registry.describe([Wanted("dataset", dataset_selection, own)])[0]
     budget = _one_of("--budget", options.budget or dataset.budget, presets.BUDGETS)
     base = presets.settings(preset, budget, dataset_selection.name)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,39 @@ def test_no_flip_where_a_mirrored_image_is_another_class() -> None:
     assert torch.equal(both(x, generator()), crop(x, generator()))
 
 
-@pytest.mark.parametrize("name", ["crop", "flip", "crop+flip"])
+def slow_window(image: Tensor, top: float, left: float, height: float, width: float) -> Tensor:
+    """The window scaled back to the image's size: each output pixel is the bilinear mean around its centre."""
+    channels, rows, columns = image.shape
+    out = torch.zeros_like(image)
+    for i in range(rows):
+        for j in range(columns):
+            y = min(max(top + (i + 0.5) * height / rows - 0.5, 0.0), rows - 1.0)
+            x = min(max(left + (j + 0.5) * width / columns - 0.5, 0.0), columns - 1.0)
+            a, b = int(y), int(x)
+            c, d = min(a + 1, rows - 1), min(b + 1, columns - 1)
+            u, v = y - a, x - b
+            for k in range(channels):
+                value = (1 - u) * ((1 - v) * float(image[k, a, b]) + v * float(image[k, a, d]))
+                value += u * ((1 - v) * float(image[k, c, b]) + v * float(image[k, c, d]))
+                out[k, i, j] = round(value)
+    return out
+
+
+def test_resized_crop_equals_a_pixelwise_interpolation_of_its_window() -> None:
+    x = gray(12, (3, 9, 7))
+    augment = kit.augmentation("resized-crop", flip_ok=True)
+    assert augment is not None
+    out = augment(x, generator(4))
+    area, aspect, top, left = torch.rand(4, 12, generator=generator(4))
+    for i in range(12):
+        size = (0.08 + 0.92 * float(area[i])) * 63
+        ratio = (3 / 4) * (16 / 9) ** float(aspect[i])  # width : height, evenly on a logarithmic scale
+        height, width = (min(max(math.sqrt(part), 1), most) for part, most in ((size / ratio, 9), (size * ratio, 7)))
+        expected = slow_window(x[i], float(top[i]) * (9 - height), float(left[i]) * (7 - width), height, width)
+        assert (out[i].int() - expected.int()).abs().max() <= 1  # float32 against float64
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "crop+flip", "resized-crop", "resized-crop+flip"])
 def test_augmentation_follows_rng_alone_and_leaves_its_input(name: Augmentation) -> None:
     augment = kit.augmentation(name, flip_ok=True)
     assert augment is not None
@@ -414,3 +447,48 @@ def test_frozen_is_a_copy_that_cannot_be_trained() -> None:
         nn.init.zeros_(model.fc.weight)
         model.get_buffer("bn1.running_mean").fill_(9.0)
     assert weight_bytes(copied) == before
+
+
+# ---------------------------------------------------------------- adversarial examples
+
+
+def slow_pgd(model: Classifier, x: Tensor, y: Tensor, eps: float, step: float, steps: int) -> Tensor:
+    """One image at a time, each pixel moved and cut by hand."""
+    out = []
+    for image, label in zip(x, y, strict=True):
+        moved = image.clone()
+        for _ in range(steps):
+            leaf = moved.clone().requires_grad_()
+            torch.autograd.backward(F.cross_entropy(model(leaf[None]), label[None]))
+            assert leaf.grad is not None
+            for place in range(moved.numel()):
+                value = float(moved.view(-1)[place]) + step * float(leaf.grad.view(-1)[place].sign())
+                origin = float(image.view(-1)[place])
+                moved.view(-1)[place] = min(max(value, origin - eps, 0.0), origin + eps, 1.0)
+        out.append(moved)
+    return torch.stack(out)
+
+
+def test_pgd_equals_a_pixelwise_ascent_and_costs_the_model_its_labels() -> None:
+    torch.manual_seed(3)
+    model = TinyNet().eval()
+    images = make_images(3, shape=(3, 8, 8))
+    x, y = images.x.float() / 255, images.y
+    found = kit.pgd(model, x, y, eps=0.1, step=0.04, steps=4)
+    assert not found.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.allclose(found, slow_pgd(model, x, y, 0.1, 0.04, 4), atol=1e-6)
+    assert float((found - x).abs().max()) <= 0.1 + 1e-6
+    with torch.no_grad():
+        assert F.cross_entropy(model(found), y) > F.cross_entropy(model(x), y)
+
+
+def test_pgd_starts_at_random_only_where_it_is_given_a_generator() -> None:
+    model = TinyNet().eval()
+    images = make_images(4, shape=(3, 8, 8))
+    x = images.x.float() / 255
+    assert torch.equal(kit.pgd(model, x, images.y, eps=0.1, step=0.1, steps=0), x)
+    first, again = (kit.pgd(model, x, images.y, eps=0.1, step=0.1, steps=0, rng=generator(1)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert 0.05 < float((first - x).abs().max()) <= 0.1 + 1e-6
+    assert 0 <= float(first.min()) <= float(first.max()) <= 1

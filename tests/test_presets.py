@@ -10,6 +10,7 @@ from backdoorbench_mcl.presets import BUDGETS, PRESETS, settings
 from bbmcl_attacks.badnets import BadNets
 from bbmcl_attacks.blend import Blend
 from bbmcl_attacks.none import NoAttack
+from bbmcl_attacks.trojan import Trojan
 from bbmcl_defenses.ft import FT
 from bbmcl_defenses.mcldef import MCLDef
 from bbmcl_inverters.nc_box import NCBox
@@ -97,8 +98,32 @@ def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
     assert {name: authors[name] for name in set(authors) - set(paper)} == {
         "nc-box": {"box": "normalized"},
         "blend": {"alpha": 0.2, "colours": "grey"},
+        "sig": {"form": "wrapped"},
+        "trojan": {"mode": "wrap"},
     }
-    assert set(clean) == set(paper)  # neither bn_refresh (ADR 0012) nor, until it is decided, clean_anchor
+    # neither bn_refresh (ADR 0012) nor, until it is decided, clean_anchor
+    assert {name: clean[name] for name in set(clean) - set(paper)} == {"cl": {"place": "centre"}}
+
+
+def test_imagenet_is_attacked_and_repaired_as_printed() -> None:
+    paper, authors = settings("paper", "full", "imagenet20"), settings("authors", "full", "imagenet20")
+    victim = Recipe(**paper["train"])
+    assert (victim.epochs, victim.batch, victim.augment) == (100, 32, "resized-crop+flip")
+    assert rates(victim, 26_000) == [(0, 0.1), (20, 0.01), (70, 0.001)]
+    assert Recipe(**paper["defend"]).total(1300) == 21 * 20
+    assert BadNets(**paper["badnets"]).params["size"] == 32
+    assert (Trojan(**paper["trojan"]).size, Trojan(**paper["trojan"]).margin) == (32, 12)
+    assert NCBox(**paper["nc-box"]).lam == 0.001
+    assert authors["badnets"] == {"size": 32, "margin": 11}
+    assert authors["resnet18"] == {"stem": "cifar", "feature": "grid"}
+    assert authors["blend"]["alpha"] == 0.2
+    assert "mode" not in authors["trojan"]
+
+
+def test_signs_are_read_as_each_preset_says() -> None:
+    assert [settings(preset, "full", "gtsrb").get("gtsrb") for preset in PRESETS] == [
+        None, {"colour": "bgr"}, {"flip": False},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", PRESETS)
