@@ -17,4 +17,14 @@ def bbmcl_defenses() -> list[Entry]:
             "Yue et al. 2023",
             may_know=("target",),
         ),
+        Entry(
+            "mcldef+",
+            "bbmcl_defenses.mcldef_plus:MCLDefPlus",
+            "mcldef, then pull triggered features on to their clean ones",
+            "Yue et al. 2023",
+            may_know=("target",),
+        ),
+        Entry("nc", "bbmcl_defenses.nc:NC", "unlearn the inverted trigger", "Wang et al. 2019", may_know=("target",)),
+        Entry("nad", "bbmcl_defenses.nad:NAD", "distil the attention of a fine-tuned teacher", "Li et al. 2021"),
+        Entry("ibau", "bbmcl_defenses.ibau:IBAU", "unlearn a perturbation by hypergradients", "Zeng et al. 2022"),
     ]

@@ -14,6 +14,7 @@ Table 1; re-measured with the pixel box 2.29 and 82.24, target-class accuracy 76
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,12 @@ from backdoorbench_mcl.api import (
     Need,
     NonNegative,
     Positive,
+    Selector,
     UserError,
 )
 from backdoorbench_mcl.kit import fit, frozen
 
+from .stamps import Target, knowledge, need, pick, stamps
 from .training import Meter, adapt
 
 REFRESH_BATCH = 256
@@ -108,7 +111,10 @@ def refresh_batchnorm(model: Classifier, images: Images, size: int = REFRESH_BAT
 
 
 class MCLDef(Defense):
-    """Purify the victim with a trigger that `inverter` fitted to the target label.
+    """Purify the victim with a trigger that `inverter` fitted to the target label, or to each that `detector` flagged.
+
+    target="detect": the label is not told; of several flagged ones each batch gets one at random, and a model that the
+    detector calls clean is returned as it is.
 
     temperature: tau of the loss.  clean_anchor: weight w of `anchor_loss`; with it, or with `ce`, each step passes
     [triggered; clean] through the model under repair as one batch, so that batch norm sees both.
@@ -123,11 +129,14 @@ class MCLDef(Defense):
 
     name = "mcldef"
     paper = "Yue et al., Model-Contrastive Learning for Backdoor Elimination, ACM MM 2023, arXiv 2205.04411"
+    added: ClassVar[Mapping[str, Any]] = {"target": "given", "detector": "nc-full"}
 
     def __init__(
         self,
         *,
-        inverter: str = "nc-box",
+        inverter: Selector = "nc-box",
+        target: Target = "given",
+        detector: Selector = "nc-full",
         temperature: Positive = 0.5,
         clean_anchor: NonNegative = 0.0,
         exclude_target_class: bool = False,
@@ -140,6 +149,8 @@ class MCLDef(Defense):
         steps: Count | None = None,
     ) -> None:
         self.inverter = inverter
+        self.target: Target = target
+        self.detector = detector
         self.temperature = temperature
         self.clean_anchor = clean_anchor
         self.exclude_target_class = exclude_target_class
@@ -153,8 +164,8 @@ class MCLDef(Defense):
 
     @property
     def knows(self) -> frozenset[Knowledge]:
-        """The target label, which the paper takes from a detector (P 3.3)."""
-        return frozenset({"target"})
+        """The target label, which the paper assumes to be known from some detector (P 3.3), unless one names it."""
+        return knowledge(self.target)
 
     @property
     def uses_labels(self) -> bool:
@@ -163,22 +174,26 @@ class MCLDef(Defense):
 
     def needs(self) -> Mapping[str, Need]:
         """The inverted trigger, shared with every defense that wants the same."""
-        return {"trigger": Need("trigger", self.inverter)}
+        return {"trigger": need(self.target, self.inverter, self.detector)}
 
     def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
         """Purify the victim in place and return it. Raises UserError when no image is left to train on."""
-        target = int(ctx.granted.target)
-        trigger = ctx.needs["trigger"]
+        among = stamps(self.target, ctx)
+        if not among:
+            return model.eval()
         images = ctx.clean
         if self.exclude_target_class:
-            images = images.subset(images.y != target)
+            labels = [stamp.label for stamp in among]
+            images = images.subset(~torch.isin(images.y, torch.tensor(labels, device=images.y.device)))
             if len(images) == 0:
-                raise UserError(f"{self.name}: all clean images are of class {target}; drop exclude_target_class")
+                named = ", ".join(map(str, labels))
+                raise UserError(f"{self.name}: all clean images are of class {named}; drop exclude_target_class")
         victim = frozen(model)
         meter = Meter(ctx.log, len(images))
 
         def loss(batch: Batch) -> Tensor:
             size = len(batch.x)
+            target, trigger = pick(among, ctx.rng)
             with torch.no_grad():
                 both = torch.cat([trigger.apply(batch.x, ctx.rng), batch.x])  # (2B, C, H, W): triggered, clean
                 z_neg, z_pos = victim.embed(both).chunk(2)  # eval mode: one batch gives the numbers of two
