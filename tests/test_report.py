@@ -233,6 +233,21 @@ def test_failed_cells_never_vanish() -> None:
     assert line(mixed)["ft"].tag == "0/2"
 
 
+def test_verdicts_and_surrogates_stand_below_the_grid() -> None:
+    robust, weak = "robust: 43.2 % under PGD-10", "natural: 31.0 % under PGD-10, 40 would be robust"
+    rows = [
+        make("cl", "before", 99.0, surrogate=weak), make("cl", "ft", 9.0, surrogate=weak),
+        make("cl", "nc(target=detect)", 99.0, verdict="clean", surrogate=weak),
+        make("cl(eps=8.0)", "nc(target=detect)", 2.0, draw=1, verdict="flagged 5, 2", surrogate=robust),
+        make("cl(eps=8.0)", "nc(target=detect)", 2.0, draw=2, verdict="flagged 5, 2", surrogate=robust),
+    ]  # fmt: skip
+    text = render(rows, "markdown")
+    assert f"Surrogates of the attacks: cl {weak}; cl(eps=8.0) {robust}." in text
+    told = "cl clean; cl(eps=8.0) flagged 5, 2 (2 runs). Clean: returned as it is."
+    assert f"Verdicts behind nc(target=detect): {told}" in text
+    assert "Verdicts behind ft" not in text
+
+
 def pairs(columns: Sequence[Any], one: Line) -> list[tuple[Any, Cell]]:
     return [(column, cell) for column, cell in zip(columns, one.cells, strict=True) if cell]
 

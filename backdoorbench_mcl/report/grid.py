@@ -149,7 +149,10 @@ def build(rows: Sequence[Row]) -> list[Block]:
 
 
 def _printable(row: Row) -> Row:
-    names = ("dataset", "model", "attack", "defense", "preset", "budget", "precision", "isolation", "device")
+    names = (
+        "dataset", "model", "attack", "defense", "preset", "budget", "precision", "isolation", "device", "verdict",
+        "surrogate",
+    )  # fmt: skip
     safe: dict[str, Any] = {name: one_line(getattr(row, name), 200) for name in names}
     return replace(row, reason=one_line(row.reason, 300), **safe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ..evaluate import FTR_MARGIN, GATE_OK
@@ -62,12 +63,39 @@ def legend(block: Block, ranking: str) -> list[str]:
     for item in told:
         mark, meaning = KNOWS.get(item, ("¤", f"was told: {item}"))
         out.append(f"{mark} {meaning}.")
+    out += _surrogates(block) + _verdicts(block)
     out.append(_runs(block))
     if any("/" in cell.tag for cell in cells):
         out.append("k/n: k of n runs finished, the numbers are theirs; not ranked where the defense itself failed.")
     if block.budget != "full":
         out.append(f"Scaled protocol (budget {block.budget}): not comparable with printed numbers.")
     out.append(_machine(block))
+    return out
+
+
+def _surrogates(block: Block) -> list[str]:
+    """What the attacks' own models were, as the harness measured them."""
+    told = [
+        f"{line.label} {surrogate}"
+        for line in block.lines
+        for surrogate in dict.fromkeys(row.surrogate for cell in line.cells if cell for row in cell.runs)
+        if surrogate
+    ]
+    return [f"Surrogates of the attacks: {'; '.join(told)}."] if told else []
+
+
+def _verdicts(block: Block) -> list[str]:
+    """What detectors said, per column that went by one; a model called clean is returned as it is."""
+    out = []
+    for position, column in enumerate(block.columns):
+        told = []
+        for line in block.lines:
+            cell = line.cells[position]
+            said = Counter(row.verdict for row in cell.runs if row.verdict) if cell else Counter()
+            told += [f"{line.label} {verdict}{f' ({n} runs)' if n > 1 else ''}" for verdict, n in said.items()]
+        if told:
+            returned = " Clean: returned as it is." if any("clean" in text.split() for text in told) else ""
+            out.append(f"Verdicts behind {column.label}: {'; '.join(told)}.{returned}")
     return out
 
 

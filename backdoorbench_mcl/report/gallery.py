@@ -1,0 +1,304 @@
+"""Pictures of stored attacks: one PNG sheet per data set, attack and victim. `sheets` is the one door.
+
+Rows are test images, the same for all attacks on a data set; columns are the clean image, the triggered one, the
+difference, and for each inverter that a stored defense used the image with the trigger that it found. Nothing is
+computed again: triggered images and triggers are read from the store. Free of torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from .. import artefacts, datacache
+from ..errors import UserError
+from ..rows import Row
+from ..store import Stage, Store
+from ..text import one_line
+
+Pixels = NDArray[np.uint8]  # (C, H, W) from a data set, (H, W, 3) in a panel
+GAIN = 4  # of the difference, as in the paper's figures
+PANEL = 96  # pixels: smaller images are enlarged towards it by whole factors
+GAP, LINE, SIZE = 10, 15, 12  # between panels, from line to line, of the letters
+GREY = 128
+INK, FAINT, PAPER = "#202020", "#606060", "#ffffff"
+
+# ---------------------------------------------------------------- pure functions on pixels
+
+
+def choose(y: NDArray[np.int64], classes: int, count: int) -> list[int]:
+    """`count` positions in a test set (all, if it has no more), their classes spread evenly; the same every time.
+
+    Of each class the first in storage order, then the second. Example: 10 classes, 4 images: classes 0, 3, 6, 9.
+    """
+    count = min(count, len(y))
+    if count <= classes:
+        wanted = [round(i * (classes - 1) / max(1, count - 1)) for i in range(count)]
+    else:
+        wanted = [i % classes for i in range(count)]
+    chosen: list[int] = []
+    for label in wanted:
+        chosen += [i for i in np.flatnonzero(y == label).tolist() if i not in chosen][:1]
+    others = (i for i in range(len(y)) if i not in chosen)  # where a class has too few test images
+    return chosen + [next(others) for _ in range(count - len(chosen))]
+
+
+def difference(clean: Pixels, triggered: Pixels) -> Pixels:
+    """GAIN * (triggered - clean) around mid-grey, so that darker and lighter can be told apart; cut to 0..255."""
+    moved = GREY + GAIN * (triggered.astype(np.int64) - clean.astype(np.int64))
+    return moved.clip(0, 255).astype(np.uint8)
+
+
+def to_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
+    """Numbers in [0, 1] -> uint8, by rounding."""
+    return np.rint(255 * values.clip(0, 1)).astype(np.uint8)
+
+
+def panel(image: Pixels) -> Image.Image:
+    """(C, H, W) uint8, C 1 or 3 -> a picture, enlarged by a whole factor without smoothing: pixels stay pixels."""
+    if image.shape[0] not in (1, 3):
+        raise UserError(f"an image of {image.shape[0]} channels cannot be shown, expected 1 or 3")
+    colours = np.repeat(image, 3, 0) if image.shape[0] == 1 else image
+    factor = max(1, round(PANEL / max(image.shape[1:])))
+    shown = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    return shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trigger that an inverter found, as a picture can show it. kind "blend": (1 - mask) * x + mask * pattern;
+    "add": x + pattern; None: neither, so that there is no picture. title: the inverter; notes: how good it is.
+    """
+
+    title: str
+    notes: tuple[str, ...]
+    kind: str | None
+    mask: NDArray[np.floating[Any]] = field(default_factory=lambda: np.ones((1, 1)))
+    pattern: NDArray[np.floating[Any]] = field(default_factory=lambda: np.zeros((1, 1, 1)))
+
+    def apply(self, image: Pixels) -> Pixels:
+        """(C, H, W) uint8 -> the same with the trigger."""
+        x = image / 255
+        return to_pixels(x + self.pattern if self.kind == "add" else (1 - self.mask) * x + self.mask * self.pattern)
+
+    def alone(self) -> Pixels:
+        """The trigger on its own: mask * pattern on black, or the added pattern around mid-grey."""
+        if self.kind == "add":
+            return to_pixels(GREY / 255 + GAIN * self.pattern)
+        return to_pixels(self.mask * self.pattern)
+
+
+# ---------------------------------------------------------------- the sheet
+
+
+@dataclass(frozen=True)
+class Column:
+    """A title and one entry per row: a picture and lines below it, or nothing."""
+
+    title: str
+    entries: Sequence[tuple[Pixels, Sequence[str]] | None]
+
+
+@functools.cache
+def _font() -> Any:
+    return ImageFont.load_default(SIZE)
+
+
+def wrap(text: str, width: float) -> list[str]:
+    """Lines no wider than `width` pixels in the sheet's font, broken at spaces, after commas, or where they must."""
+    lines = [""]
+    for part in re.findall(r"[^\s,]*,|[^\s,]+|\s+", one_line(text)):
+        if lines[-1] and _font().getlength((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        for letter in part if lines[-1] else part.lstrip():
+            if lines[-1] and _font().getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line.rstrip() for line in lines]
+
+
+def draw(heading: Sequence[str], columns: Sequence[Column], footing: Sequence[str] = ()) -> Image.Image:
+    """The sheet: heading, titles, the grid of panels with their lines, footing."""
+    panels = [[None if entry is None else panel(entry[0]) for entry in column.entries] for column in columns]
+    width, height = (max(getattr(p, side) for ps in panels for p in ps if p) for side in ("width", "height"))
+    width = max(width, PANEL)
+    titles = [wrap(column.title, width) for column in columns]
+    lines = [[[] if e is None else [w for t in e[1] for w in wrap(t, width)] for e in c.entries] for c in columns]
+    total = GAP + len(columns) * (width + GAP)
+    above = [line for text in heading for line in wrap(text, total - 2 * GAP)]
+    below = [line for text in footing for line in wrap(text, total - 2 * GAP)]
+    deep = [max(len(of_column[row]) for of_column in lines) for row in range(len(lines[0]))]
+    tops = [GAP + LINE * len(above) + GAP + LINE * max(map(len, titles)) + 4]
+    for count in deep:
+        tops.append(tops[-1] + height + LINE * count + GAP)
+    sheet = Image.new("RGB", (total, tops[-1] + LINE * len(below) + (GAP if below else 0)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+
+    def write(texts: Sequence[str], left: int, top: int, ink: str) -> None:
+        for i, text in enumerate(texts):
+            pen.text((left, top + LINE * i), text, ink, _font())
+
+    write(above, GAP, GAP, INK)
+    for i, title in enumerate(titles):
+        left = GAP + i * (width + GAP)
+        write(title, left, tops[0] - 4 - LINE * len(title), INK)
+        for row, shown in enumerate(panels[i]):
+            if shown is not None:
+                sheet.paste(shown, (left, tops[row]))
+                write(lines[i][row], left, tops[row] + height + 1, FAINT)
+    write(below, GAP, tops[-1], FAINT)
+    return sheet
+
+
+# ---------------------------------------------------------------- what the store knows
+
+
+def _stage(store: Store, key: str | None, what: str) -> tuple[Stage, Path]:
+    """A stage and the folder of its verified artefact. Raises UserError where either is gone or damaged."""
+    stage = None if key is None else store.stage(key)
+    if stage is None:
+        raise UserError(f"{what} are no longer stored; the bbmcl matrix that made them makes them again")
+    try:
+        return stage, store.open(stage)
+    except artefacts.Damaged as damage:
+        raise UserError(f"{what} are damaged ({damage}); the bbmcl matrix that made them makes them again") from damage
+
+
+def _data(cache: Path, content: str, dataset: str) -> datacache.DataInfo:
+    for info in datacache.entries(cache):
+        if info.hash == content:
+            return info
+    raise UserError(
+        f"the images of {dataset} (hash {content[:12]}) are not in the data cache {cache}; prepare them with: "
+        f"bbmcl data check {dataset}"
+    )
+
+
+def read_trigger(folder: Path, title: str) -> Found:
+    """What the artefact of an inversion holds; of several labels that of the first, the most suspicious one.
+
+    Told by the names of its tensors: `mask` (H, W) and `pattern` (C, H, W) are blended, a `delta` or `pattern` alone
+    is added; whatever else there is cannot be shown without the class that made it.
+    """
+    meta = artefacts.read_meta(folder)
+    tensors = load_file(folder / "trigger.safetensors")
+    labels = meta["labels"]
+    if any(name.startswith(f"{label}/") for label in labels for name in tensors):
+        title = f"{title}, label {labels[0]}"
+        tensors = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{labels[0]}/")}
+    notes = [] if meta["l1"] is None else [f"mask L1 {meta['l1']:.2f}"]
+    if meta["success"] is not None:
+        notes.append(f"success {meta['success']:.1f} % of {meta['success_n']} clean images")
+    shapes = {name: value.ndim for name, value in tensors.items()}
+    if not labels:
+        return Found(title, ("called clean, no trigger",), None)
+    if shapes == {"mask": 2, "pattern": 3}:
+        return Found(title, tuple(notes), "blend", tensors["mask"], tensors["pattern"])
+    if shapes in ({"delta": 3}, {"pattern": 3}):
+        return Found(title, tuple(notes), "add", pattern=next(iter(tensors.values())))
+    name = str(meta["class"]).rpartition(":")[2]
+    return Found(title, (f"no picture of a {name}", *notes), None)
+
+
+def _inversions(store: Store, rows: Sequence[Row]) -> list[Found]:
+    """One trigger per inverter that a stored defense of this victim used: of its smallest defense seed."""
+    keys: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.defense_seed or 0):
+        if "invert" in row.stages:
+            keys.setdefault(str(row.inverter), row.stages["invert"])
+    return [read_trigger(_stage(store, key, f"triggers of {name}")[1], name) for name, key in keys.items()]
+
+
+def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image.Image:
+    """rows: all of one victim."""
+    row = rows[0]
+    what = f"test images of {row.attack}, victim {row.victim_seed}"
+    before, predicted = _stage(store, row.stages.get("before"), what)
+    _, trial = _stage(store, before.spec["trial"], what)
+    victim = store.stage(row.stages["model"])
+    if victim is None:
+        raise UserError(f"{row.attack}, victim {row.victim_seed} is no longer stored; run its bbmcl matrix again")
+    info = _data(cache, victim.spec["data"]["hash"], row.dataset)
+    x, y = datacache.open_split(info, "test")
+    index = choose(np.asarray(y), info.classes, images)
+    clean = [np.asarray(x[i]) for i in index]
+    with safe_open(trial / "trial.safetensors", framework="numpy") as file:
+        stored = file.get_slice("x")  # the whole set may have gigabytes
+        triggered = [stored[i : i + 1][0] for i in index]
+    says = load_file(predicted / "predictions.safetensors")
+    found = _inversions(store, rows)
+
+    def wanted(i: int) -> str:
+        return f"wanted: {says['goal'][i]}" if says["counted"][i] else "not counted in ASR"
+
+    columns = [
+        Column("clean", [(c, [f"class {y[i]}", f"victim: {says['clean'][i]}"]) for c, i in zip(clean, index)]),
+        Column("triggered", [(t, [wanted(i), f"victim: {says['triggered'][i]}"]) for t, i in zip(triggered, index)]),
+        Column(
+            f"difference x{GAIN} (grey: none)",
+            [(difference(c, t), [f"max {int(abs(t.astype(int) - c).max())}"]) for c, t in zip(clean, triggered)],
+        ),
+    ]
+    for trigger in (trigger for trigger in found if trigger.kind is not None):
+        what = f"pattern x{GAIN} (grey: none)" if trigger.kind == "add" else "mask x pattern"
+        columns.append(Column(f"trigger found by {trigger.title}", [(trigger.apply(c), []) for c in clean]))
+        columns.append(Column(what, [(trigger.alone(), trigger.notes), *[None] * (len(index) - 1)]))
+    heading = [
+        f"{row.attack} on {row.dataset}, {row.model}, victim seed {row.victim_seed}",
+        f"preset {row.preset}, budget {row.budget}; undefended: ASR {_percent(row.asr_before)}, "
+        f"BA {_percent(row.ba_before)}",
+    ]
+    return draw(heading, columns, [f"{f.title}: {'; '.join(f.notes)}" for f in found if f.kind is None])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def file_name(row: Row) -> str:
+    """Safe on every file system, and of its own for every victim: labels may be equal where settings differ."""
+    parts = (re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:48] for text in (row.dataset, row.attack))
+    return "_".join((*parts, f"seed{row.victim_seed}", row.stages["model"][:8])) + ".png"
+
+
+def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int = 4) -> Iterator[Path | UserError]:
+    """Draw one sheet per victim among `rows` of the folder `runs`; an earlier picture of the same name is replaced.
+
+    cache: where prepared data sets lie. Yields the path of each picture, or why there is none. Raises UserError where
+    the rows name no victim at all. Example: `list(sheets(runs, stored_rows(runs), cache_folder(), Path("gallery")))`
+    """
+    victims: dict[str, list[Row]] = {}
+    for row in rows:
+        if "model" in row.stages:
+            victims.setdefault(row.stages["model"], []).append(row)
+    if not victims:
+        raise UserError(f"no stored victim fits in {runs}; make one with bbmcl matrix, or see bbmcl report")
+    store = Store(runs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for of_victim in victims.values():
+            picture = io.BytesIO()
+            try:
+                _sheet(store, cache, of_victim, images).save(picture, "PNG")
+            except UserError as error:
+                yield error
+                continue
+            path = out / file_name(of_victim[0])
+            path.write_bytes(picture.getvalue())  # whole: a picture that cannot be drawn leaves the earlier one alone
+            yield path
+    finally:
+        store.close()
+
+
+__all__ = ["Column", "Found", "choose", "difference", "draw", "file_name", "panel", "read_trigger", "sheets", "wrap"]
