@@ -53,9 +53,14 @@ class Images:
     def __len__(self) -> int:
         return len(self.x)
 
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the images at `index` (int64 or bool) and of their labels, in that order."""
+        there = index.to(self.x.device)
+        return self.x[there], self.y[there.to(self.y.device)]
+
     def subset(self, index: Tensor) -> Images:
         """The images at `index` (int64 or bool), in that order."""
-        return Images(self.x[index.to(self.x.device)], self.y[index.to(self.y.device)])
+        return Images(*self.take(index))
 
     def to(self, device: torch.device | str) -> Images:
         """The same images on `device`."""
@@ -71,11 +76,10 @@ class Images:
             raise ValueError("augmentation needs rng")
         order = torch.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng)
         for index in order.split(size):
-            there = index.to(self.x.device)
-            x = self.x[there]  # (B, C, H, W) uint8
+            x, y = self.take(index)  # (B, C, H, W) uint8, (B,)
             if augment is not None and rng is not None:
                 x = augment(x, rng)
-            yield Batch(x.float().div_(255.0), self.y[there], index)
+            yield Batch(x.float().div_(255.0), y, index)
 
 
 # ---------------------------------------------------------------- classifiers

@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 16 << 30
 
 
-def export(store: Store, file: Path) -> tuple[int, int]:
-    """Write every stage and row of `store` to `file`; returns their numbers. Raises UserError if that fails."""
-    stages, rows = store.stages(), store.rows()
+def export(store: Store, file: Path, kinds: Collection[str] | None = None) -> tuple[int, int]:
+    """Write the stages of `kinds` (by default all) and every row of `store` to `file`; returns their numbers.
+
+    Raises UserError if that fails. Example: `export(store, file, ("surrogate", "train"))` shares victims, a megabyte
+    each where a whole cell has the stamped test images.
+    """
+    stages, rows = [s for s in store.stages() if kinds is None or s.kind in kinds], store.rows()
     index = {"format": FORMAT, "stages": [asdict(s) for s in stages], "rows": [r.as_dict() for r in rows]}
     scratch = file.with_name(file.name + ".part")
     try:

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
@@ -139,6 +139,33 @@ def report(
 
 
 @app.command()
+def gallery(
+    runs: Runs = DEFAULT_RUNS,
+    attacks: Annotated[str | None, typer.Option(metavar="LIST", help="Only these attacks.")] = None,
+    images: Annotated[int, typer.Option(min=1, max=100, help="Test images on a sheet.")] = 4,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; default: gallery/ in the runs.")
+    ] = None,
+) -> None:
+    """Draw the stored attacks: one PNG per data set, attack and victim, with the triggers that inverters found."""
+    from . import params, runner
+    from .registry import cache_folder
+    from .report.gallery import sheets
+
+    rows = runner.stored_rows(runs, lambda row: attacks is None or row.attack in params.split(attacks))
+    drawn = list(sheets(runs, rows, cache_folder(), runs / "gallery" if out is None else out, images))
+    problems = [item for item in drawn if isinstance(item, UserError)]
+    if len(problems) == len(drawn):
+        raise problems[0]
+    for item in drawn:
+        if isinstance(item, Path):
+            print(item)
+    for problem in problems:
+        _say(f"bbmcl: {problem}")
+    raise typer.Exit(int(bool(problems)))
+
+
+@app.command()
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List every method, where it comes from, and what is wrong with plugins that could not be used."""
     from . import plugins as door
@@ -181,13 +208,26 @@ def show(name: Annotated[str, typer.Argument(help="A method, as bbmcl plugins li
 
 
 @app.command()
-def export(file: Annotated[Path, typer.Argument(help="The archive to write.")], runs: Runs = DEFAULT_RUNS) -> None:
+def export(
+    file: Annotated[Path, typer.Argument(help="The archive to write.")],
+    runs: Runs = DEFAULT_RUNS,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="KINDS", help="Only stages of these kinds, as in surrogate,train: the victims."),
+    ] = None,
+) -> None:
     """Write all results of a runs folder into one archive."""
-    from . import archive, runner
+    from . import archive, plan, runner
     from .store import Store
 
+    kinds = None if only is None else [part.strip() for part in only.split(",")]
+    unknown = [kind for kind in kinds or () if kind not in get_args(plan.Kind)]
+    if unknown:
+        raise UserError(
+            f"--only {only!r}: {unknown[0]!r} is no kind of stage; there are {', '.join(get_args(plan.Kind))}"
+        )
     runner.stored_rows(runs)
-    stages, rows = archive.export(Store(runs), file)
+    stages, rows = archive.export(Store(runs), file, kinds)
     print(f"{file}: {stages} stages, {rows} rows")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from . import artefacts, cells, datacache
@@ -42,6 +43,7 @@ ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the s
     "defend": ("init", "order"),
     "predict": ("init",),
 }
+_CHUNK = 256  # triggered images copied at a time
 LONG: frozenset[Kind] = frozenset({"surrogate", "train", "verdict", "invert", "defend"})  # jobs that leave snapshots
 GRANTABLE: Mapping[str, frozenset[str]] = {
     "inverter": frozenset({"target", "location", "trigger"}), "defense": frozenset({"target"}),
@@ -171,14 +173,17 @@ class Grants:
     def _predict(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
         clean, _ = datacache.open_split(self.data, "test")
-        triggered = load_file(inputs["trial"] / "trial.safetensors")["x"]
         order = self.shuffle(node)
         shuffled = np.lib.format.open_memmap(
             into / "x.npy", mode="w+", dtype=np.uint8, shape=(2 * len(clean), *clean.shape[1:])
         )
         inverse = np.argsort(order)
         shuffled[inverse[: len(clean)]] = clean
-        shuffled[inverse[len(clean) :]] = triggered
+        with safe_open(inputs["trial"] / "trial.safetensors", "np") as trial:
+            triggered = trial.get_slice("x")
+            for start in range(0, len(clean), _CHUNK):
+                places = inverse[len(clean) :][start : start + _CHUNK]
+                shuffled[places] = triggered[start : start + len(places)]
         shuffled.flush()
 
     def shuffle(self, node: Node) -> NDArray[np.int64]:
@@ -193,7 +198,8 @@ class Grants:
         plain = np.empty(2 * count, np.int64)
         plain[self.shuffle(node)] = labels
         small = np.uint8 if self.data.classes <= 256 else np.uint16
-        known = load_file(trial / "trial.safetensors")
+        with safe_open(trial / "trial.safetensors", "np") as known:
+            goal, counted = known.get_tensor("goal"), known.get_tensor("counted")
         _, y = datacache.open_split(self.data, "test")
         (out / "labels.safetensors").unlink()
         save_file(
@@ -201,8 +207,8 @@ class Grants:
                 "clean": plain[:count].astype(small),
                 "triggered": plain[count:].astype(small),
                 "y": np.array(y).astype(small),
-                "goal": known["goal"].astype(small),
-                "counted": known["counted"].astype(np.uint8),
+                "goal": goal.astype(small),
+                "counted": counted.astype(np.uint8),
             },
             out / "predictions.safetensors",
         )

@@ -28,6 +28,8 @@ from .errors import BbmclError, Diverged, NotApplicable, PluginError
 from .inversions import invert, verdict
 from .job import Job, Tick, attack_state, require_finite, weights_of
 
+_CHUNK = 32 << 20  # bytes of images worked on at once
+
 # ---------------------------------------------------------------- victims
 
 
@@ -74,12 +76,11 @@ def train(job: Job) -> None:
     model = job.classifier()
     x, y = job.split("train")
     clean = api.Images(x, y)
-    state = attack.prepare(api.AttackContext(**job.context(job.rng("trigger"), recipe), train=clean, needs=job.needs()))
+    own = job.context(job.rng("trigger"), recipe, "prepare")
+    state = attack.prepare(api.AttackContext(**own, train=clean, needs=job.needs()))
     poisoned = attack.poison(clean, state, job.rng("poison"))
     _check_overlay(attack, poisoned, clean, model)
-    x[poisoned.index] = poisoned.x
-    y[poisoned.index] = poisoned.y
-    images = api.Images(x, y).to(job.device)
+    images = _poisoned(clean, poisoned, job.device)
     model.train()
     kit.fit(
         model,
@@ -92,6 +93,37 @@ def train(job: Job) -> None:
     job.save("weights", weights)
     job.save("attack", {"poison_index": poisoned.index, **{f"state.{k}": v for k, v in state.tensors.items()}})
     job.save_meta({"attack": dict(state.meta), "poisoned": len(poisoned.index), "train": len(images)})
+
+
+class _Overlaid(api.Images):
+    """Images over which others are laid as batches and subsets are taken; `x` itself stays what it was.
+
+    Written to, the pages of a map of the data set would become memory of this process.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, index: Tensor, over: Tensor) -> None:
+        super().__init__(x, y)
+        self._over = over
+        self._place = torch.full((len(x),), -1)  # of each image among those laid over
+        self._place[index] = torch.arange(len(index))
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = super().take(index)
+        place = self._place[index]
+        laid = place >= 0
+        x[laid] = self._over[place[laid]]
+        return x, y
+
+
+def _poisoned(clean: api.Images, poisoned: api.Poisoned, device: torch.device) -> api.Images:
+    """The training images as the victim sees them, on `device`."""
+    y = clean.y.clone()
+    y[poisoned.index] = poisoned.y
+    if device.type == "cpu":
+        return _Overlaid(clean.x, y, poisoned.index, poisoned.x)
+    x = clean.x.to(device)
+    x[poisoned.index.to(device)] = poisoned.x.to(device)
+    return api.Images(x, y.to(device))
 
 
 def _check_overlay(attack: api.Attack, poisoned: api.Poisoned, clean: api.Images, model: api.Classifier) -> None:
@@ -111,11 +143,7 @@ def trial(job: Job) -> None:
     attack = cast(api.Attack, job.method("attack"))
     x, y = job.split("test")
     state = attack_state(job)
-    stamped = attack.stamp(x.clone(), y.clone(), state, job.rng("stamp"))
-    if stamped.dtype != torch.uint8 or stamped.shape != x.shape:
-        raise PluginError(
-            f"{attack.name}: stamp() returned {stamped.dtype} {tuple(stamped.shape)}, expected uint8 {tuple(x.shape)}"
-        )
+    stamped = _stamped(job, attack, x, y, state)
     goal, counted = attack.goal(y, state)
     if goal.shape != y.shape or counted.shape != y.shape or counted.dtype != torch.bool:
         raise PluginError(
@@ -130,16 +158,42 @@ def trial(job: Job) -> None:
     job.save_meta({"counted": int(counted.sum()), "location": _location(x, stamped)})
 
 
+def _stamped(job: Job, attack: api.Attack, x: Tensor, y: Tensor, state: api.State) -> Tensor:
+    """x with the trigger, in a file of the job: test images may be more than memory holds."""
+    rng, size = job.rng("stamp"), _rows(x)
+    path = job.folder / "work" / "stamped"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        for part, labels in zip(x.split(size), y.split(size), strict=True):
+            out = attack.stamp(part.clone(), labels.clone(), state, rng)
+            if out.dtype != torch.uint8 or out.shape != part.shape:
+                raise PluginError(
+                    f"{attack.name}: stamp() returned {out.dtype} {tuple(out.shape)}, "
+                    f"expected uint8 {tuple(part.shape)}"
+                )
+            file.write(out.cpu().contiguous().numpy().data)
+            del out  # or it would still be there beside the next
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=tuple(x.shape)))
+
+
+def _rows(x: Tensor) -> int:
+    """Images that are worked on at once; a whole test set of small ones."""
+    return max(1, _CHUNK // x[:1].numel())
+
+
 def _location(x: Tensor, stamped: Tensor) -> api.Location | None:
     """The box that the trigger replaces, None where it is no patch: what it shows depends on the image beneath."""
-    changed = (stamped != x).any(1).any(0)  # (H, W)
+    size = _rows(x)
+    changed = torch.zeros(x.shape[2:], dtype=torch.bool)
+    for before, after in zip(x.split(size), stamped.split(size), strict=True):
+        changed |= (after != before).any(1).any(0)  # (H, W)
     if not bool(changed.any()):
         return None
     rows, columns = changed.any(1).nonzero(), changed.any(0).nonzero()
     top, left = int(rows.min()), int(columns.min())
     box = api.Location(top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1)
     patch = stamped[:, :, top : top + box.height, left : left + box.width]
-    return box if bool((patch == patch[:1]).all()) else None
+    return box if all(bool((part == patch[:1]).all()) for part in patch.split(size)) else None
 
 
 # ---------------------------------------------------------------- defenses
@@ -187,7 +241,7 @@ def _check_forward(job: Job, defense: api.Defense, repaired: api.Classifier, cle
 
 def predict(job: Job) -> None:
     """Predicted labels of `in/x.npy`, whatever it holds. out: labels int64 (N,)."""
-    x = torch.from_numpy(np.load(job.folder / "in" / "x.npy"))
+    x = torch.from_numpy(np.load(job.folder / "in" / "x.npy", mmap_mode="c"))
     labels = kit.predict(job.victim(), x)
     classes = job.spec["data"]["classes"]
     if labels.shape != (len(x),) or bool((labels >= classes).any()):

@@ -213,9 +213,15 @@ def choose(total: int, count: int, rng: torch.Generator) -> Tensor:
     return torch.randperm(total, generator=rng)[:count].sort().values
 
 
-def predict(model: Classifier, x: Tensor, batch: int = 512) -> Tensor:
+def at_once(x: Tensor) -> int:
+    """How many of the images x (N, C, H, W) to predict in one pass: 512 of 32x32, down to 64 of larger ones."""
+    return max(64, min(512, 512 * 32 * 32 // (x.shape[2] * x.shape[3])))
+
+
+def predict(model: Classifier, x: Tensor, batch: int | None = None) -> Tensor:
     """uint8 images (N, C, H, W), on any device -> predicted labels, int64 (N,) on the CPU.
 
+    batch: images in one pass; by default 512 of 32x32, fewer of larger ones.
     The model predicts in eval mode on its own device and gets back the mode of each of its modules.
     """
     device = model.mean.device
@@ -223,7 +229,7 @@ def predict(model: Classifier, x: Tensor, batch: int = 512) -> Tensor:
     model.eval()
     try:
         with torch.inference_mode():
-            labels = [model(part.to(device).float().div_(255.0)).argmax(1) for part in torch.split(x, batch)]
+            labels = [model(part.to(device).float().div_(255.0)).argmax(1) for part in x.split(batch or at_once(x))]
         # joined outside, because an inference tensor would be of no use in the caller's autograd
         return torch.cat(labels).cpu() if labels else torch.empty(0, dtype=torch.int64)
     finally:

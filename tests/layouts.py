@@ -4,6 +4,8 @@ pixels(count, classes=10, shape=(3, 32, 32), seed=0) -> Part     uint8 (N, C, H,
 write_pickles(folder, train, test, protocol=2)      torchvision's cifar-10-batches-py
 write_parquet(folder, train, test, ...)             <split>-00000-of-00001.parquet of PNG or JPEG bytes
 write_folder(folder, part)                          folder/CLASS/N.png
+write_signs(folder, tracks=3, frames=2, seed=0)     GTSRB: folder/00000/00000_00000.ppm ... of 43 classes, with tables
+write_final_test(folder, truth, count=50)           GTSRB: folder/00000.ppm ..., labels in the file `truth`
 """
 
 from __future__ import annotations
@@ -72,3 +74,31 @@ def write_folder(folder: Path, part: Part, kind: str = "PNG") -> None:
         path = folder / str(label) / f"{i:04d}.{kind.lower()}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(image, kind))
+
+
+def sign(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """A photograph of its own size, as in GTSRB."""
+    height, width = rng.integers(3, 9, 2)
+    return rng.integers(0, 256, (3, height, width), np.uint8)
+
+
+def write_signs(folder: Path, tracks: int = 3, frames: int = 2, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    for label in range(43):
+        inside = folder / f"{label:05d}"
+        inside.mkdir(parents=True)
+        (inside / f"GT-{label:05d}.csv").write_text("Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n")
+        for track in range(tracks):
+            for frame in range(frames):
+                (inside / f"{track:05d}_{frame:05d}.ppm").write_bytes(encode(sign(rng), "PPM"))
+
+
+def write_final_test(folder: Path, truth: Path, count: int = 50, seed: int = 9) -> None:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    rows = ["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId"]
+    for i in range(count):
+        (folder / f"{i:05d}.ppm").write_bytes(encode(sign(rng), "PPM"))
+        rows.append(f"{i:05d}.ppm;53;54;6;5;48;49;{i * 7 % 43}")
+    (folder / "GT-final_test.test.csv").write_text("Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2\n")
+    truth.write_text("\r\n".join(rows) + "\r\n")

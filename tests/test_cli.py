@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -385,6 +386,21 @@ def test_export_and_import_carry_a_matrix(call: Call, reference: Reference, tmp_
     matrix = call(*small.command(), "--runs", "elsewhere", "--format", "json")
     assert json.loads(matrix.out) == [row.as_dict() for row in reference.rows]
     assert ": ok, " not in matrix.err  # no stage was run
+
+
+def test_victims_can_be_shared_without_test_images(call: Call, reference: Reference, tmp_path: Path) -> None:
+    exported = call("export", "victims.tar", "--only", "surrogate,train", "--runs", str(reference.runs))
+    assert (exported.status, exported.out) == (0, "victims.tar: 2 stages, 6 rows\n")
+    with tarfile.open(tmp_path / "victims.tar") as tar:
+        assert not [name for name in tar.getnames() if "trial" in name]
+    call("import", "victims.tar", "--runs", "elsewhere")
+    store = Store(tmp_path / "elsewhere")
+    assert {stage.kind for stage in store.stages()} == {"train"}
+    assert {stage.key: stage.artefact for stage in store.stages()}.items() <= reference.artefacts.items()
+    store.close()
+    wrong = call("export", "some.tar", "--only", "train,weights", "--runs", str(reference.runs))
+    assert wrong.status == 2
+    assert "--only 'train,weights': 'weights' is no kind of stage; there are surrogate, train" in wrong.err
 
 
 @pytest.mark.parametrize("command", ["report", "plugins", "matrix --help"])

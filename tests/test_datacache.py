@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable
@@ -141,6 +142,29 @@ def test_writing_in_chunks_changes_nothing(fake: Fake, tmp_path: Path, monkeypat
     for one, two in zip(contents(whole), contents(parts), strict=True):
         assert np.array_equal(one, two)
     assert datacache.check(parts) == []
+
+
+def test_a_loader_may_return_a_map_of_a_file_that_waits_in_the_cache(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `tempfile` puts it while data are loaded: on the disk that needs the room anyhow. /tmp may be memory."""
+    inside: list[bool] = []
+
+    def spooled(split: Literal["train", "test"], root: Path | None) -> Images:
+        x, y = fake.parts[split]
+        with tempfile.NamedTemporaryFile() as file:
+            inside.append(Path(file.name).is_relative_to(tmp_path / "cache" / "arrays"))
+            file.write(x.data)
+            file.flush()
+            return Images(torch.from_numpy(np.memmap(file, np.uint8, "c", shape=x.shape)), torch.from_numpy(y))
+
+    whole = datacache.prepare(fake, None, tmp_path / "cache", "k")
+    before = tempfile.gettempdir()
+    monkeypatch.setattr(fake, "load", spooled)
+    assert datacache.prepare(fake, None, tmp_path / "cache", "k2").hash == whole.hash
+    assert inside == [True, True]
+    assert tempfile.gettempdir() == before
+    assert [path.name for path in (tmp_path / "cache" / "arrays").iterdir()] == [whole.hash]
 
 
 # ---------------------------------------------------------------- maps and records

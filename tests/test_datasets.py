@@ -22,7 +22,7 @@ from backdoorbench_mcl import datacache
 from backdoorbench_mcl.api import Dataset
 from backdoorbench_mcl.errors import UserError
 from bbmcl_datasets.cifar import Cifar10, Cifar100, read_batch
-from bbmcl_datasets.decode import MAX_PIXELS, decode, statistics
+from bbmcl_datasets.decode import MAX_PIXELS, decode, stack, statistics, whole
 from bbmcl_datasets.folder import Folder, class_folders
 from bbmcl_datasets.parquet import Parquet
 
@@ -31,7 +31,9 @@ TRAIN, TEST = pixels(40, seed=1), pixels(20, seed=2)
 
 def test_every_entry_leads_to_the_data_set_of_its_name() -> None:
     entries = bbmcl_datasets.bbmcl_datasets()
-    assert [entry.name for entry in entries] == ["shapes", "cifar10", "cifar100", "folder", "parquet"]
+    assert [entry.name for entry in entries] == [
+        "shapes", "cifar10", "cifar100", "gtsrb", "imagenet20", "folder", "parquet",
+    ]  # fmt: skip
     for entry in entries:
         module, _, name = entry.target.partition(":")
         found = getattr(importlib.import_module(module), name)
@@ -389,7 +391,7 @@ def test_the_argument_of_a_family_is_its_path(kind: type[Folder] | type[Parquet]
 def test_resizing_is_pils_bilinear_of_the_whole_image() -> None:
     image = pixels(1, 1, (3, 20, 50))[0][0]
     expected = Image.fromarray(image.transpose(1, 2, 0)).resize((12, 12), Image.Resampling.BILINEAR)
-    assert np.array_equal(decode(encode(image), "x", 12), np.asarray(expected).transpose(2, 0, 1))
+    assert np.array_equal(decode(encode(image), "x", whole(12)), np.asarray(expected).transpose(2, 0, 1))
 
 
 def _saved(image: Image.Image) -> bytes:
@@ -421,3 +423,34 @@ def test_a_constant_channel_can_still_be_normalised() -> None:
     mean, std = statistics(np.full((3, 2, 4, 4), 51, np.uint8))
     assert mean == (0.2, 0.2)
     assert std == (0.0039, 0.0039)
+
+
+# ---------------------------------------------------------------- larger than memory
+
+
+def test_decoded_images_wait_in_a_file_and_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("bbmcl_datasets.decode._CHUNK_BYTES", 5 * 3 * 8 * 9)
+    images = pixels(23, 2, (3, 8, 9))[0]
+    blobs = [(str(i), encode(image)) for i, image in enumerate(images)]
+    x, kept = stack(iter(blobs), None)
+    assert isinstance(x, np.memmap)
+    assert np.array_equal(x, images) and kept.all() and kept.shape == (23,)
+    assert list(tmp_path.iterdir()) == []  # it has no name, so that a kill leaves nothing behind
+    some, kept = stack(iter(blobs), None, lambda image: image[0, 0, 0] < 128)
+    assert kept.tolist() == [image[0, 0, 0] < 128 for image in images]
+    assert np.array_equal(some, images[kept])
+    none, kept = stack(iter(blobs), None, lambda image: False)
+    assert none.shape == (0, 3, 8, 9) and not kept.any()
+    assert statistics(images) == statistics(x)
+
+
+def test_a_disk_that_fills_up_while_decoding_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryFile", Full)
+    with pytest.raises(UserError, match=r"cannot keep decoded images in .*: No space left on device; make room there"):
+        stack([("x", encode(TRAIN[0][0]))], None)

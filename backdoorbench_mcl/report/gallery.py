@@ -62,7 +62,8 @@ def difference(clean: Pixels, triggered: Pixels) -> Pixels:
 
 def to_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
     """Numbers in [0, 1] -> uint8, by rounding."""
-    return np.rint(255 * values.clip(0, 1)).astype(np.uint8)
+    rounded: Pixels = np.rint(255 * values.clip(0, 1)).astype(np.uint8)
+    return rounded
 
 
 def panel(image: Pixels) -> Image.Image:
@@ -199,7 +200,7 @@ def read_trigger(folder: Path, title: str) -> Found:
         tensors = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{labels[0]}/")}
     notes = [] if meta["l1"] is None else [f"mask L1 {meta['l1']:.2f}"]
     if meta["success"] is not None:
-        notes.append(f"success {meta['success']:.1f} % of {meta['success_n']} clean images")
+        notes.append(f"success {meta['success']:.1f} %")
     shapes = {name: value.ndim for name, value in tensors.items()}
     if not labels:
         return Found(title, ("called clean, no trigger",), None)
@@ -208,16 +209,22 @@ def read_trigger(folder: Path, title: str) -> Found:
     if shapes in ({"delta": 3}, {"pattern": 3}):
         return Found(title, tuple(notes), "add", pattern=next(iter(tensors.values())))
     name = str(meta["class"]).rpartition(":")[2]
-    return Found(title, (f"no picture of a {name}", *notes), None)
+    return Found(title, (f"no picture ({name})", *notes), None)
 
 
 def _inversions(store: Store, rows: Sequence[Row]) -> list[Found]:
     """One trigger per inverter that a stored defense of this victim used: of its smallest defense seed."""
     keys: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row.defense_seed or 0):
-        if "invert" in row.stages:
+        if row.stages.get("invert") not in (None, *keys.values()):
             keys.setdefault(str(row.inverter), row.stages["invert"])
-    return [read_trigger(_stage(store, key, f"triggers of {name}")[1], name) for name, key in keys.items()]
+    found = []
+    for name, key in keys.items():
+        try:
+            found.append(read_trigger(_stage(store, key, "inverted triggers")[1], name))
+        except UserError as error:  # the rest of the sheet is worth having
+            found.append(Found(name, (str(error),), None))
+    return found
 
 
 def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image.Image:
@@ -240,14 +247,15 @@ def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image
     found = _inversions(store, rows)
 
     def wanted(i: int) -> str:
-        return f"wanted: {says['goal'][i]}" if says["counted"][i] else "not counted in ASR"
+        return f"wanted: {says['goal'][i]}" if says["counted"][i] else "not counted"
 
+    pairs = list(zip(index, clean, triggered, strict=True))
     columns = [
-        Column("clean", [(c, [f"class {y[i]}", f"victim: {says['clean'][i]}"]) for c, i in zip(clean, index)]),
-        Column("triggered", [(t, [wanted(i), f"victim: {says['triggered'][i]}"]) for t, i in zip(triggered, index)]),
+        Column("clean", [(c, [f"class {y[i]}", f"victim: {says['clean'][i]}"]) for i, c, _ in pairs]),
+        Column("triggered", [(t, [wanted(i), f"victim: {says['triggered'][i]}"]) for i, _, t in pairs]),
         Column(
             f"difference x{GAIN} (grey: none)",
-            [(difference(c, t), [f"max {int(abs(t.astype(int) - c).max())}"]) for c, t in zip(clean, triggered)],
+            [(difference(c, t), [f"largest: {int(abs(t.astype(int) - c).max())}"]) for _, c, t in pairs],
         ),
     ]
     for trigger in (trigger for trigger in found if trigger.kind is not None):

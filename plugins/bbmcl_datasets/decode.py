@@ -5,11 +5,13 @@ between a model trained on lossless CIFAR-10 and the same images after JPEG, so 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,11 @@ from backdoorbench_mcl.api import UserError
 FORMATS = ("PNG", "JPEG", "PPM", "BMP")  # a short list: every further decoder is attack surface
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp"})
 MAX_PIXELS = 64_000_000  # decompression-bomb guard, below the size at which PIL itself only warns
-_CHUNK = 256  # images in flight: bounds memory, and keeps the hand-over to threads cheap for small images
+_CHUNK = 256  # images in flight: keeps the hand-over to threads cheap for small images
+_CHUNK_BYTES = 16 << 20  # decoded bytes in flight: bounds memory for large images
+
+Shaping = Callable[[Image.Image], Image.Image]
+Pixels = npt.NDArray[np.uint8]
 
 
 def note(heads: Iterable[bytes]) -> str:
@@ -31,10 +37,44 @@ def note(heads: Iterable[bytes]) -> str:
     return f"mixed ({kinds['lossless']} lossless, {kinds['JPEG']} JPEG)"
 
 
-def decode(data: bytes, where: str, size: int | None) -> npt.NDArray[np.uint8]:
-    """One encoded image -> uint8 (3, H, W); grey becomes RGB, alpha is dropped.
+# ---------------------------------------------------------------- shaping
 
-    size: if given, the whole image is resized to size x size (PIL bilinear, aspect not kept: spec 2.2, 2.3).
+
+def whole(size: int) -> Shaping:
+    """The whole image resized to size x size: PIL bilinear, aspect not kept (spec 2.2, 2.3)."""
+    return lambda image: image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def whole_if(size: int | None) -> Shaping | None:
+    """`whole(size)`, or nothing where no size is asked for."""
+    return None if size is None else whole(size)
+
+
+def centre(size: int) -> Shaping:
+    """The shorter side resized to size * 256/224 (PIL bilinear), then the middle size x size (spec 2.4, test).
+
+    Rounds as torchvision's Resize and CenterCrop do, so that 224 gives exactly Resize(256) and CenterCrop(224).
+    """
+    short = round(size * 256 / 224)
+
+    def shape(image: Image.Image) -> Image.Image:
+        width, height = image.size
+        least = min(width, height)
+        if short * short * max(width, height) // least > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, too elongated to cut out its middle")
+        image = image.resize((short * width // least, short * height // least), Image.Resampling.BILINEAR)
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        return image.crop((left, top, left + size, top + size))
+
+    return shape
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decode(data: bytes, where: str, shaping: Shaping | None) -> Pixels:
+    """One encoded image -> uint8 (3, H, W); grey becomes RGB, alpha is dropped. shaping: applied to the RGB image.
+
     Raises UserError that names `where` for anything that is not a readable 8-bit image.
     """
     try:
@@ -47,6 +87,8 @@ def decode(data: bytes, where: str, size: int | None) -> npt.NDArray[np.uint8]:
                     f"{where}: pixels of mode {image.mode}, expected 8 bits a channel; convert the image first"
                 )
             rgb = image.convert("RGB")
+        if shaping is not None:
+            rgb = shaping(rgb)
     except (
         OSError,
         ValueError,
@@ -58,52 +100,70 @@ def decode(data: bytes, where: str, size: int | None) -> npt.NDArray[np.uint8]:
         raise UserError(
             f"{where}: not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image ({error})"
         ) from error
-    if size is not None:
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
-def stack(blobs: Iterable[tuple[str, bytes]], total: int, size: int | None) -> npt.NDArray[np.uint8]:
-    """`total` encoded images, each with where it came from -> uint8 (total, 3, H, W), decoded by a few threads.
+def stack(
+    blobs: Iterable[tuple[str, bytes]], shaping: Shaping | None, keep: Callable[[Pixels], bool] | None = None
+) -> tuple[Pixels, npt.NDArray[np.bool_]]:
+    """Encoded images, each with where it came from -> those that are kept, and which they are.
 
+    Returns uint8 (M, 3, H, W) and bool (N,), M of its N values true. keep(image) decides; by default all are kept.
+    The images are decoded by a few threads and go straight to a nameless temporary file, of which the result is a
+    private map: a split need not fit into memory. Plain writes: a full disk is an error here, not a SIGBUS.
     Raises UserError naming the image that is corrupt or differs in size from the first.
     """
-    out: npt.NDArray[np.uint8] = np.empty((0, 0, 0, 0), np.uint8)
-    row = 0
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for chunk in _chunks(blobs):
+    shape: tuple[int, ...] | None = None
+    kept: list[bool] = []
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(max_workers=4) as pool:
+        remaining = iter(blobs)
+        count = 4  # until the first image has told how large they are
+        while chunk := list(islice(remaining, count)):
             quarters = [chunk[i::4] for i in range(4)]
-            decoded = list(pool.map(lambda part: [decode(data, where, size) for where, data in part], quarters))
+            decoded = list(pool.map(lambda part: [decode(data, where, shaping) for where, data in part], quarters))
             for i, (where, _) in enumerate(chunk):
                 image = decoded[i % 4][i // 4]
-                if row == 0:
-                    out = np.empty((total, *image.shape), np.uint8)
-                if image.shape != out.shape[1:]:
+                shape = image.shape if shape is None else shape
+                if image.shape != shape:
                     raise UserError(
                         f"{where}: {image.shape[2]}x{image.shape[1]} pixels, but the first image has "
-                        f"{out.shape[3]}x{out.shape[2]}; give size=N to resize all images to NxN"
+                        f"{shape[2]}x{shape[1]}; give size=N to resize all images to NxN"
                     )
-                out[row] = image
-                row += 1
-    return out
+                kept.append(keep is None or keep(image))
+                if kept[-1]:
+                    _write(file, image)
+                count = max(4, min(_CHUNK, _CHUNK_BYTES // image.nbytes))
+        if not any(kept):
+            return np.empty((0, *(shape or (3, 0, 0))), np.uint8), np.array(kept, np.bool_)
+        _write(file, None)
+        assert shape is not None
+        return np.memmap(file, np.uint8, "c", shape=(sum(kept), *shape)), np.array(kept, np.bool_)
 
 
-def _chunks(blobs: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
-    remaining = iter(blobs)
-    while chunk := list(islice(remaining, _CHUNK)):
-        yield chunk
+def _write(file: IO[bytes], image: Pixels | None) -> None:
+    """Append an image, or have all of them in the file."""
+    try:
+        if image is None:
+            file.flush()
+        else:
+            file.write(image.data)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep decoded images in {tempfile.gettempdir()}: {error.strerror or error}; make room there"
+        ) from error
 
 
-def statistics(x: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def statistics(x: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """uint8 (N, C, H, W) -> mean and standard deviation per channel over all pixels in [0, 1], to 4 decimals.
 
     Sums of integers, so the result does not depend on the order of the images. A constant channel gets 1/255, the
     smallest step a pixel can make, so that dividing by it stays possible.
     """
     counts = np.zeros((x.shape[1], 256), np.int64)
-    for start in range(0, len(x), _CHUNK):
+    rows = max(1, _CHUNK_BYTES // 8 // (x.shape[2] * x.shape[3]))  # bincount makes 8 bytes of each
+    for start in range(0, len(x), rows):
         for channel in range(x.shape[1]):
-            counts[channel] += np.bincount(x[start : start + _CHUNK, channel].ravel(), minlength=256)
+            counts[channel] += np.bincount(x[start : start + rows, channel].ravel(), minlength=256)
     values = np.arange(256) / 255.0
     share = counts / counts.sum(axis=1, keepdims=True)
     mean = share @ values

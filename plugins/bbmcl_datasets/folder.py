@@ -20,7 +20,7 @@ import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Source, UserError
 
-from .decode import SUFFIXES, argument, decode, locate, note, stack, statistics
+from .decode import SUFFIXES, argument, decode, locate, note, stack, statistics, whole_if
 
 TEST_NAMES = ("test", "val", "validation")
 
@@ -40,6 +40,14 @@ def class_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name) if numbers else 0, path.name))
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a class folder, by name; UserError where there are none."""
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder}: no image in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
+    return found
+
+
 def listing(folder: Path, names: Sequence[str]) -> Listing:
     """The images below `folder`, whose class folders must be among `names`.
 
@@ -51,9 +59,7 @@ def listing(folder: Path, names: Sequence[str]) -> Listing:
     for path in folders:
         if path.name not in names:
             raise UserError(f"{path}: no such class in the training images; expected {', '.join(names)}")
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        if not inside:
-            raise UserError(f"{path}: no image in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        inside = images_in(path)
         files.extend(inside)
         labels.extend([names.index(path.name)] * len(inside))
     return Listing(tuple(files), tuple(labels), (folder, *folders))
@@ -143,21 +149,19 @@ class Folder(Dataset):
     def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
         folder, names, train, test = self._listings(root)
         part = test if split == "test" and test is not None else train
-        x = stack(read(part.files), len(part.files), self.size)
-        y = np.array(part.labels, np.int64)
-        if test is None:
-            inside = np.array([fraction(image) < self.test_fraction for image in x]) == (split == "test")
-            if not inside.any():
-                raise UserError(
-                    f"{folder}: none of its {len(x)} images falls into {split}; change test_fraction or add images"
-                )
-            x, y = x[inside], y[inside]
+        keep = None if test is not None else lambda image: (fraction(image) < self.test_fraction) == (split == "test")
+        x, kept = stack(read(part.files), whole_if(self.size), keep)
+        y = np.array(part.labels, np.int64)[kept]
+        if len(y) == 0:
+            raise UserError(
+                f"{folder}: none of its {len(kept)} images falls into {split}; change test_fraction or add images"
+            )
         self.classes = len(names)
         self.shape = (x.shape[1], x.shape[2], x.shape[3])
         if split == "train":
             self.mean, self.std = statistics(x)
         elif test is not None:
-            first = decode(next(read(train.files))[1], str(train.files[0]), self.size)
+            first = decode(next(read(train.files))[1], str(train.files[0]), whole_if(self.size))
             if first.shape != self.shape:
                 raise UserError(
                     f"{test.files[0]}: {x.shape[3]}x{x.shape[2]} pixels, but training images have "

@@ -21,13 +21,13 @@ import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Source, UserError
 
-from .decode import argument, decode, locate, note, stack, statistics
+from .decode import argument, decode, locate, note, stack, statistics, whole_if
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 TEST_NAMES = ("test", "val", "validation")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
-_ROWS = 1024  # rows decoded to Python objects at a time
+_ROWS = 256  # rows turned into Python objects at a time
 
 
 class Files(NamedTuple):
@@ -141,7 +141,8 @@ def load_split(files: Sequence[Path], size: int | None) -> Images:
     y = labels(files)
     if len(y) == 0:
         raise UserError(f"{files[0]}: holds no rows")
-    return Images(torch.from_numpy(stack(blobs(files), len(y), size)), torch.from_numpy(y))
+    x, _ = stack(blobs(files), whole_if(size))
+    return Images(torch.from_numpy(x), torch.from_numpy(y))
 
 
 class Parquet(Dataset):
@@ -194,7 +195,7 @@ class Parquet(Dataset):
         return images
 
     def _same_size(self, train: Path, images: Images) -> None:
-        first = decode(next(blobs([train]))[1], f"{train}, row 0", self.size)
+        first = decode(next(blobs([train]))[1], f"{train}, row 0", whole_if(self.size))
         if first.shape != tuple(images.x.shape[1:]):
             raise UserError(
                 f"{self.name}:{self.path}: training images have {first.shape[2]}x{first.shape[1]} pixels, test images "
