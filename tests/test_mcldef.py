@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import bbmcl_defenses.mcldef as module
 from backdoorbench_mcl import kit
-from backdoorbench_mcl.api import Batch, Classifier, Images, MaskPattern, Recipe, UserError
+from backdoorbench_mcl.api import Batch, Classifier, DefenseContext, Images, MaskPattern, Recipe, UserError
 from bbmcl_defenses.mcldef import MCLDef, anchor_loss, contrastive_loss, head_parameters, refresh_batchnorm
 from bbmcl_models.wrn import WRN
 
@@ -35,13 +36,26 @@ def repaired(defense: MCLDef, clean: Images | None = None, **bench: Any) -> dict
     return state(defense.defend(Tiny(), made))
 
 
+def detected(
+    found: Mapping[int, MaskPattern], bench: Bench | None = None, clean: Images | None = None
+) -> DefenseContext:
+    """A context without a granted target: reading it would raise."""
+    ctx = (bench or Bench()).defense(images() if clean is None else clean)
+    return dataclasses.replace(ctx, needs={"trigger": dict(found)})
+
+
 def captured(
-    monkeypatch: pytest.MonkeyPatch, defense: MCLDef, model: Classifier, trigger: MaskPattern | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    defense: MCLDef,
+    model: Classifier,
+    trigger: MaskPattern | None = None,
+    ctx: DefenseContext | None = None,
 ) -> tuple[Loss, Images]:
     """The loss and the images that `defense` hands to the training loop, which is not run. Sets train mode."""
     caught: list[tuple[Loss, Images]] = []
     monkeypatch.setattr(module, "fit", lambda model, images, ctx, loss, recipe: caught.append((loss, images)))
-    defense.defend(model, Bench().defense(images(), patch() if trigger is None else trigger, target=1))
+    given = Bench().defense(images(), patch() if trigger is None else trigger, target=1)
+    defense.defend(model, given if ctx is None else ctx)
     model.train()
     return caught[0]
 
@@ -346,6 +360,92 @@ def test_a_resumed_repair_ends_in_the_same_bits() -> None:
     again = Bench(snapshot=Memory(first.snapshot.saved[0]))
     assert same(state(defense.defend(Tiny(), again.defense(images(), patch(), target=1))), whole)
     assert len(again.ticks) == 3  # one of two passes
+
+
+# ---------------------------------------------------------------- the label from a detector
+
+
+def corner(value: float = 1.0, size: int = 8) -> MaskPattern:
+    """Another trigger: the pixels of the first corner in one grey."""
+    mask = torch.zeros(size, size)
+    mask[:2, :2] = 1.0
+    return MaskPattern(mask, torch.full((3, size, size), value))
+
+
+def test_a_detector_takes_the_place_of_the_grant_and_the_old_identity_stays() -> None:
+    given, detect = MCLDef(), MCLDef(target="detect", detector="nc-full(lr=0.05)", inverter="uap")
+    assert given.needs()["trigger"].verdict is None
+    need = detect.needs()["trigger"]
+    assert (need.kind, need.method, need.verdict) == ("trigger", "uap", "nc-full(lr=0.05)")
+    assert detect.knows == frozenset()
+    assert {name: given.params[name] for name in MCLDef.added} == MCLDef.added
+
+
+@pytest.mark.parametrize("knobs", [{}, {"bn_refresh": True}, {"exclude_target_class": True, "ce": 0.5}])
+def test_a_clean_verdict_leaves_the_victim_as_it_is(knobs: dict[str, Any]) -> None:
+    bench, model = Bench(), Tiny()
+    assert MCLDef(target="detect", **knobs).defend(model, detected({}, bench)) is model
+    assert same(state(model), state(Tiny()))
+    assert not model.training
+    assert bench.ticks == []
+    assert "no label" in bench.lines[0]
+
+
+@pytest.mark.parametrize("knobs", [{}, {"exclude_negative_on_target": True}, {"exclude_target_class": True, "ce": 0.5}])
+def test_one_flagged_label_is_as_good_as_a_given_one(knobs: dict[str, Any]) -> None:
+    found = state(MCLDef(target="detect", **knobs).defend(Tiny(), detected({1: patch()})))
+    assert same(found, repaired(MCLDef(**knobs)))
+
+
+def test_each_batch_gets_one_of_two_flagged_triggers_and_both_models_the_same_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, found = Tiny(), {3: patch(), 0: corner()}
+    loss, _ = captured(monkeypatch, MCLDef(target="detect"), model, ctx=detected(found))
+    one, victim = batch(), Tiny()
+    values: dict[int, float] = {}
+    for label, trigger in found.items():
+        twin, stamped = copy.deepcopy(model), trigger.apply(one.x)
+        value = contrastive_loss(twin.embed(stamped), victim.embed(one.x), victim.embed(stamped), 0.5)
+        values[label] = value.item()
+    seen = [loss(one).item() for _ in range(12)]
+    turns = [min(values, key=lambda label: abs(values[label] - value)) for value in seen]
+    assert set(turns) == {0, 3}
+    assert all(value == pytest.approx(values[label], rel=1e-5) for value, label in zip(seen, turns, strict=True))
+
+
+def test_all_flagged_labels_are_target_classes_to_the_knobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {3: patch(), 0: patch()}
+    drop = MCLDef(target="detect", exclude_target_class=True)
+    _, kept = captured(monkeypatch, drop, Tiny(), ctx=detected(found))
+    assert (len(kept), set(kept.y.tolist())) == (12, {1, 2})
+    lonely = images().subset(images().y % 3 == 0)
+    with pytest.raises(UserError, match="all clean images are of class 3, 0"):
+        drop.defend(Tiny(), detected(found, clean=lonely))
+
+    model = Tiny()
+    pull = MCLDef(target="detect", exclude_negative_on_target=True)
+    loss, kept = captured(monkeypatch, pull, model, ctx=detected(found))
+    one, victim, twin = batch(), Tiny(), copy.deepcopy(model)
+    stamped = patch().apply(one.x)
+    marked = torch.tensor([label in found for label in one.y.tolist()])
+    expected = contrastive_loss(twin.embed(stamped), victim.embed(one.x), victim.embed(stamped), 0.5, marked)
+    assert int(marked.sum()) == 4
+    assert len(kept) == 24
+    assert loss(one).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_resumed_repair_takes_the_same_turns() -> None:
+    defense, found = MCLDef(target="detect"), {3: patch(), 0: corner(), 1: corner(0.0)}
+    recipe = Recipe(epochs=4, lr=0.05, batch=8, augment="none")
+    first = Bench(recipe=recipe)
+    whole = state(defense.defend(Tiny(), detected(found, first)))
+    again = Bench(recipe=recipe, snapshot=Memory(first.snapshot.saved[1]))
+    assert same(state(defense.defend(Tiny(), detected(found, again))), whole)
+    assert len(again.ticks) == 6  # two of four passes
+
+
+# ---------------------------------------------------------------- what comes of it
 
 
 def test_a_repair_pulls_triggered_features_back_and_the_anchor_holds_clean_ones() -> None:

@@ -13,7 +13,8 @@ Table 1; re-measured with the pixel box 2.29 and 82.24, target-class accuracy 76
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +37,7 @@ from backdoorbench_mcl.api import (
 )
 from backdoorbench_mcl.kit import fit, frozen
 
-from .stamps import Target, knowledge, need, pick, stamps
+from .stamps import Target, knowledge, need, pick, stamps, suspect
 from .training import Meter, adapt
 
 REFRESH_BATCH = 256
@@ -67,7 +68,7 @@ def contrastive_loss(
 
 
 def anchor_loss(z_clean: Tensor, z_pos: Tensor) -> Tensor:
-    """mean_i 1 - cos(z_clean_i, z+_i): clean images keep the direction of their features (ours, spec 6.5)."""
+    """mean_i 1 - cos(z_clean_i, z+_i): features (B, D) keep their direction (ours, spec 6.5; and stage 3, spec 7)."""
     return (1 - F.cosine_similarity(z_clean, z_pos, eps=1e-8)).mean()
 
 
@@ -84,6 +85,19 @@ def head_parameters(model: Classifier, x: Tensor) -> list[nn.Parameter]:
         return []
     gradients = torch.autograd.grad(logits.sum(), learnt, allow_unused=True)
     return [parameter for parameter, gradient in zip(learnt, gradients, strict=True) if gradient is not None]
+
+
+@contextmanager
+def fixed_head(model: Classifier, images: Images) -> Iterator[None]:
+    """Within, the head of `model` takes no gradient, so that SGD leaves it alone, weight decay included."""
+    head = head_parameters(model.eval(), images.x[:1].float().div_(255.0))
+    for parameter in head:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in head:
+            parameter.requires_grad_(True)
 
 
 def refresh_batchnorm(model: Classifier, images: Images, size: int = REFRESH_BATCH) -> None:
@@ -114,7 +128,7 @@ class MCLDef(Defense):
     """Purify the victim with a trigger that `inverter` fitted to the target label, or to each that `detector` flagged.
 
     target="detect": the label is not told; of several flagged ones each batch gets one at random, and a model that the
-    detector calls clean is returned as it is.
+    detector calls clean is returned as it is. All flagged labels are target classes to the knobs below.
 
     temperature: tau of the loss.  clean_anchor: weight w of `anchor_loss`; with it, or with `ce`, each step passes
     [triggered; clean] through the model under repair as one batch, so that batch norm sees both.
@@ -183,21 +197,20 @@ class MCLDef(Defense):
             return model.eval()
         images = ctx.clean
         if self.exclude_target_class:
-            labels = [stamp.label for stamp in among]
-            images = images.subset(~torch.isin(images.y, torch.tensor(labels, device=images.y.device)))
+            images = images.subset(~suspect(among, images.y))
             if len(images) == 0:
-                named = ", ".join(map(str, labels))
+                named = ", ".join(str(stamp.label) for stamp in among)
                 raise UserError(f"{self.name}: all clean images are of class {named}; drop exclude_target_class")
         victim = frozen(model)
         meter = Meter(ctx.log, len(images))
 
         def loss(batch: Batch) -> Tensor:
             size = len(batch.x)
-            target, trigger = pick(among, ctx.rng)
+            trigger = pick(among, ctx.rng).trigger
             with torch.no_grad():
                 both = torch.cat([trigger.apply(batch.x, ctx.rng), batch.x])  # (2B, C, H, W): triggered, clean
                 z_neg, z_pos = victim.embed(both).chunk(2)  # eval mode: one batch gives the numbers of two
-            pull_only = batch.y == target if self.exclude_negative_on_target else None
+            pull_only = suspect(among, batch.y) if self.exclude_negative_on_target else None
             extra = torch.zeros((), device=batch.x.device)
             if self.ce > 0:
                 out = model.forward_all(both)
@@ -217,13 +230,9 @@ class MCLDef(Defense):
             return value
 
         recipe = adapt(ctx.recipe, nesterov=self.nesterov, lr=self.lr, epochs=self.epochs, steps=self.steps)
-        head = head_parameters(model.eval(), ctx.clean.x[:1].float().div_(255.0))
-        for parameter in head:  # without a gradient SGD leaves them alone, weight decay included
-            parameter.requires_grad_(False)
-        model.train()
-        fit(model, images, ctx, loss, recipe=recipe)
-        for parameter in head:
-            parameter.requires_grad_(True)
+        with fixed_head(model, ctx.clean):
+            model.train()
+            fit(model, images, ctx, loss, recipe=recipe)
         if self.bn_refresh:
             refresh_batchnorm(model, ctx.clean)
         return model.eval()

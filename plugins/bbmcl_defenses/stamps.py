@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from backdoorbench_mcl.api import DefenseContext, Knowledge, Need, Trigger
 
@@ -40,7 +41,7 @@ def stamps(target: Target, ctx: DefenseContext) -> list[Stamp]:
     return [Stamp(label, trigger) for label, trigger in flagged.items()]
 
 
-def pick(among: list[Stamp], rng: torch.Generator) -> Stamp:
+def pick(among: Sequence[Stamp], rng: torch.Generator) -> Stamp:
     """One of them at random, for the next batch; of a single one no number is drawn.
 
     A draw and no counter, because a resumed training finds `rng` where it was but no counter of ours.
@@ -48,4 +49,9 @@ def pick(among: list[Stamp], rng: torch.Generator) -> Stamp:
     return among[0] if len(among) == 1 else among[int(torch.randint(len(among), (1,), generator=rng))]
 
 
-__all__ = ["Stamp", "Target", "knowledge", "need", "pick", "stamps"]
+def suspect(among: Sequence[Stamp], y: Tensor) -> Tensor:
+    """Which of the labels y (N,) a trigger leads to: bool (N,)."""
+    return torch.stack([y == stamp.label for stamp in among]).any(0)
+
+
+__all__ = ["Stamp", "Target", "knowledge", "need", "pick", "stamps", "suspect"]
