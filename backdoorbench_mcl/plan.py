@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import cells, evaluate
 from .registry import Described
-from .request import BEFORE, Request, wanted_by
+from .request import BEFORE, Request, labels_used, wanted_by
 from .rows import Row
 
 Kind = Literal["surrogate", "train", "trial", "verdict", "invert", "defend", "predict"]
@@ -264,7 +264,7 @@ class Builder:
             defense=BEFORE if defense is None else defense.label, victim_seed=seed, defense_seed=defense_seed,
             clean_rate=None if defense is None else request.clean_rate, state="failed",
             knows=() if defense is None else defense.told,
-            uses_labels=None if defense is None else defense.uses_labels,
+            uses_labels=None if defense is None else labels_used(defense, request.needed),
             inverter=inverter, clean_n=None if defense is None else self.clean_n, target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
             toy=request.data.toy, params=resolved,

@@ -189,6 +189,12 @@ def _told(method: Described, needed: Needed, above: tuple[str, ...] = ()) -> fro
     return frozenset(told)
 
 
+def labels_used(method: Described, needed: Needed) -> bool:
+    """Whether a defense, or one whose result it needs, reads the labels of the clean images."""
+    others = [needed["defense", need["method"]] for need in method.needs.values() if need["kind"] == "result"]
+    return bool(method.uses_labels) or any(labels_used(other, needed) for other in others)
+
+
 def _check_declarations(defense: Described, offer: Offer) -> None:
     """What a table shows of a method's knowledge must be all of it. Raises PluginError."""
     undeclared = sorted(set(defense.knows) - set(offer.entry.may_know))
@@ -266,5 +272,5 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
 
 __all__ = [
     "BEFORE", "CONTROL", "PROVIDERS", "Needed", "Options", "Request", "resolve", "resolve_device",
-    "resolve_precision", "wanted_by",
+    "labels_used", "resolve_precision", "wanted_by",
 ]  # fmt: skip

@@ -94,11 +94,19 @@ def test_the_result_of_another_defense_is_shared_with_its_own_cell(runs: Path) -
     assert needy.state == "ok"
     assert needy.ba == ft.ba
     assert needy.knows == ()
+    assert needy.uses_labels
     graph = plan.build(small.resolve(small.options("badnets", "ft(steps=3),needy(kind=result)")))
     assert sum(node.kind == "defend" for node in graph.nodes.values()) == 2
     assert needy.seconds_shared is not None
     assert needy.seconds is not None
     assert needy.seconds_shared > needy.seconds
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(("overrides", "read"), [((), False), (("mcldef.ce=0.5",), True)])
+def test_a_row_names_the_labels_that_another_defense_read_for_it(overrides: tuple[str, ...], read: bool) -> None:
+    graph = plan.build(small.resolve(small.options("badnets", "mcldef+", overrides=overrides)))
+    assert [cell.row.uses_labels for cell in graph.cells] == [None, read]
 
 
 @pytest.mark.usefixtures("toy")

@@ -9,11 +9,21 @@ from backdoorbench_mcl.api import Method, Recipe
 from backdoorbench_mcl.presets import BUDGETS, PRESETS, settings
 from bbmcl_attacks.badnets import BadNets
 from bbmcl_attacks.blend import Blend
+from bbmcl_attacks.cl import CL
 from bbmcl_attacks.none import NoAttack
+from bbmcl_attacks.sig import Sig
 from bbmcl_attacks.trojan import Trojan
 from bbmcl_defenses.ft import FT
+from bbmcl_defenses.ibau import IBAU
 from bbmcl_defenses.mcldef import MCLDef
+from bbmcl_defenses.mcldef_plus import MCLDefPlus
+from bbmcl_defenses.nad import NAD
+from bbmcl_defenses.nc import NC
+from bbmcl_inverters.mesa import MESA
 from bbmcl_inverters.nc_box import NCBox
+from bbmcl_inverters.nc_full import NCFull
+from bbmcl_inverters.pixel import Pixel
+from bbmcl_inverters.uap import UAP
 
 CIFAR, GTSRB = 50_000, 26_640  # training images
 
@@ -80,15 +90,44 @@ def test_repairs_follow_the_table_of_the_code(preset: str) -> None:
         (
             MCLDef(),
             {
-                "inverter": "nc-box", "temperature": 0.5, "clean_anchor": 0.0, "exclude_target_class": False,
+                "inverter": "nc-box", "target": "given", "detector": "nc-full", "temperature": 0.5,
+                "clean_anchor": 0.0, "exclude_target_class": False,
                 "exclude_negative_on_target": False, "ce": 0.0, "bn_refresh": False, "nesterov": False, "lr": None,
                 "epochs": None, "steps": None,
+            },
+        ),
+        (Sig(), {"target": 5, "rate": 0.08, "delta": 20.0, "frequency": 6.0, "form": "clean"}),
+        (
+            CL(),
+            {
+                "target": 5, "rate": 0.08, "eps": 16.0, "step": 1.5, "steps": 100, "surrogate": "robust",
+                "corners": "one", "place": "corner",
             },
         ),
     ],
 )  # fmt: skip
 def test_defaults_of_the_classes_are_preset_paper(method: Method, expected: dict[str, object]) -> None:
     assert method.params == expected
+    assert not settings("paper", "full", "cifar10").get(method.name)
+
+
+@pytest.mark.parametrize(
+    ("method", "printed"),
+    [
+        (Trojan(), {"rate": 0.1, "size": 3, "margin": 4, "n_neuron": 2, "value": 100.0, "mode": "replace"}),  # spec 4.2
+        (NC(), {"inverter": "nc-box", "share": 0.2, "nesterov": False}),  # 5.4
+        (NAD(), {"power": 2.0, "betas": (500.0, 1000.0, 1000.0), "teacher_epochs": 10, "schedule": "nad"}),  # 9.2
+        (IBAU(), {"rounds": 5, "iterations": 5, "batch": 100, "lr": 1e-3, "radius": 10.0, "clamp": False}),  # 9.3
+        (MCLDefPlus(), {"inverter": "nc-box", "epochs": 10, "lr": 0.001, "nesterov": False}),  # 7
+        (NCFull(), {"lr": 0.1, "steps": 1000, "images_per_step": 1000, "cost": 1e-3, "success": 0.99}),  # 5.2
+        (NCFull(), {"patience": 5, "multiplier": 2.0, "early_ratio": 1.0, "early_patience": 25, "outlier": 2.0}),
+        (Pixel(), {"lr": 0.1, "cost": 1e-3, "success": 0.9, "patience": 10, "multiplier": 1.5, "epochs": 100}),  # 8.4
+        (UAP(), {"lr": 0.01, "weight": 0.02, "epochs": 40}),  # 6.5
+        (MESA(), {"alpha": 0.1, "betas": (0.9,), "batch": 128, "lr": 2e-4, "width": 512, "noise": 0.1}),  # 8.3
+    ],
+)
+def test_constants_of_the_specification(method: Method, printed: dict[str, object]) -> None:
+    assert {name: method.params[name] for name in printed} == printed
     assert not settings("paper", "full", "cifar10").get(method.name)
 
 
@@ -134,12 +173,14 @@ def test_budgets_change_only_how_much_is_done(preset: str) -> None:
         "train": {**full["train"], "epochs": 15},
         "natural": {**full["natural"], "epochs": 5},
         "robust": {**full["robust"], "epochs": 10, "pgd_steps": 1, "pgd_step": 10.0},
+        "nc-full": {"steps": 100},
     }
     changed = {
         name: {key for key, value in quick[name].items() if full.get(name, {}).get(key) != value} for name in quick
     }
     assert {name: keys for name, keys in changed.items() if keys} == {
-        **{name: {"steps"} for name in ("train", "defend", "nc-box", "natural")},
+        **{name: {"steps"} for name in ("train", "defend", "nc-box", "natural", "pixel", "uap", "mesa")},
+        "nc-full": {"steps", "images_per_step", "coarse_steps"},
         "robust": {"steps", "pgd_steps", "pgd_step"},
     }
 

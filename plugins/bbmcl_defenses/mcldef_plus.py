@@ -32,7 +32,7 @@ from backdoorbench_mcl.api import (
 )
 from backdoorbench_mcl.kit import fit, frozen
 
-from .mcldef import anchor_loss, contrastive_loss, fixed_head
+from .mcldef import anchor_loss, contrastive_loss
 from .stamps import Target, knowledge, need, pick, stamps
 from .training import Meter, adapt
 
@@ -54,7 +54,7 @@ class MCLDefPlus(Defense):
     lr: constant.  epochs: where the common recipe counts steps, stage 3 takes the same share of them as `epochs` has of
     the recipe's epochs.  steps: a number of steps in its place.
 
-    Labels are not used. The head is never changed.
+    Labels are not used. The head gets no gradient, so that SGD leaves it as it is, weight decay included.
     """
 
     name = "mcldef+"
@@ -134,7 +134,6 @@ class MCLDefPlus(Defense):
             meter.add(len(batch.x), loss=value, norm_ratio=norm_ratio)
             return value
 
-        with fixed_head(purified, ctx.clean):
-            purified.train()
-            fit(purified, ctx.clean, ctx, loss, recipe=self.recipe(ctx.recipe))
+        purified.train()
+        fit(purified, ctx.clean, ctx, loss, recipe=self.recipe(ctx.recipe))
         return purified.eval()
