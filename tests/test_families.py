@@ -274,6 +274,8 @@ class Toy(nn.Module):
         z = two.mean((2, 3))
         if self.end == "tokens":
             return self.fc(z[:, None])[:, 0]
+        if self.end == "dense":
+            return self.fc(z[:, None])
         if self.end == "softmax":
             return self.fc(z).softmax(1)
         if self.end == "two":
@@ -311,7 +313,7 @@ def test_a_gradient_flows_back_from_a_copied_stage() -> None:
     assert net.fc.weight.grad is None
 
 
-@pytest.mark.parametrize("end", ["tokens", "softmax", "two", "twice"])
+@pytest.mark.parametrize("end", ["tokens", "dense", "softmax", "two", "twice"])
 def test_other_ends_than_one_linear_layer_are_refused(end: str) -> None:
     with pytest.raises(UserError, match=r"^toy: its logits are not what one last linear layer makes of a vector"):
         trace(Toy(end))
@@ -347,6 +349,44 @@ def test_sequences_that_pass_through_resolutions_are_looked_into() -> None:
     with torch.no_grad():
         stages = model.forward_all(torch.rand(2, 3, 32, 32)).stages
     assert [tuple(stage.shape[1:]) for stage in stages] == [(5, 16, 16), (6, 8, 8), (7, 4, 4), (8, 2, 2)]
+
+
+def test_other_modules_that_pass_through_resolutions_are_not_looked_into() -> None:
+    """The maps within an attention or a fusion module are no trunk."""
+
+    class Hidden(nn.Module):
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    def stages(kind: type[nn.Module]) -> list[str]:
+        body = kind(*(nn.Conv2d(4, 4, 2, 2) for _ in range(3)))
+        ends = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), body, *ends)
+        return [stage.module for stage in trace(net, 32).anatomy.stages]
+
+    assert stages(nn.Sequential) == ["1", "2.0", "2.1", "2"]
+    assert stages(Hidden) == ["1", "2"]
+
+
+def test_the_first_layer_alone_makes_no_stage() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut = nn.Conv2d(3, 6, 4, 4)
+            self.mix = nn.Linear(6, 6)
+            self.fc = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(self.mix(self.cut(x).flatten(2).mT).mean(1))
+            return logits
+
+    assert trace(Tokens()).anatomy == ("fc", ())
 
 
 @pytest.mark.parametrize(

@@ -204,11 +204,10 @@ def holds(sheet: Path, image: Pixels) -> list[tuple[int, int]]:
     """Where (left, top) on the sheet the panel of an image lies."""
     picture, part = np.asarray(Image.open(sheet).convert("RGB")), np.asarray(panel(image))
     height, width = part.shape[:2]
-    fits = np.ones((picture.shape[0] - height + 1, picture.shape[1] - width + 1), bool)
+    corners = np.argwhere((picture[: 1 - height, : 1 - width] == part[0, 0]).all(2))
     for i in range(6, height, 12):  # one pixel of every enlarged one narrows it down to what is worth comparing whole
-        for j in range(6, width, 24):
-            fits &= (picture[i : i + fits.shape[0], j : j + fits.shape[1]] == part[i, j]).all(2)
-    corners = np.argwhere(fits)
+        for j in range(6, width, 12):
+            corners = corners[(picture[corners[:, 0] + i, corners[:, 1] + j] == part[i, j]).all(1)]
     return [(int(j), int(i)) for i, j in corners if np.array_equal(picture[i : i + height, j : j + width], part)]
 
 

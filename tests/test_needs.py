@@ -105,7 +105,7 @@ def test_the_result_of_another_defense_is_shared_with_its_own_cell(runs: Path) -
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize(("overrides", "read"), [((), False), (("mcldef.ce=0.5",), True)])
 def test_a_row_names_the_labels_that_another_defense_read_for_it(overrides: tuple[str, ...], read: bool) -> None:
-    graph = plan.build(small.resolve(small.options("badnets", "mcldef+", overrides=overrides)))
+    graph = plan.build(small.resolve(small.options("badnets(target=1)", "mcldef+", overrides=overrides)))
     assert [cell.row.uses_labels for cell in graph.cells] == [None, read]
 
 

@@ -40,7 +40,7 @@ def test_additive_trigger_stays_in_range_leaves_its_input_and_is_differentiable(
     stamped = Additive(pattern).apply(x)
     literal = [min(1.0, max(0.0, a + b)) for a, b in zip(x[2].flatten().tolist(), pattern.flatten().tolist())]  # noqa: B905
     assert stamped[2].flatten().tolist() == pytest.approx(literal, abs=1e-6)
-    assert 0 == float(stamped.detach().min())
+    assert float(stamped.detach().min()) == 0
     assert float(stamped.detach().max()) == 1
     assert torch.equal(x, before)
     (gradient,) = torch.autograd.grad(stamped.sum(), pattern)

@@ -250,5 +250,6 @@ class Traced(Classifier):
         The versions of the modules, which a file loses and some networks ask for, are taken to be those of this one.
         """
         given: Any = OrderedDict(state_dict)
-        given._metadata = getattr(state_dict, "_metadata", self.net.state_dict()._metadata)
+        own: Any = self.net.state_dict()
+        given._metadata = getattr(state_dict, "_metadata", own._metadata)
         return self.net.load_state_dict(given, strict=strict, assign=assign)
