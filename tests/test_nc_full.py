@@ -154,6 +154,8 @@ def test_an_outlier_on_both_scales_is_flagged_most_suspicious_first() -> None:
     assert judge(coarse, full, [9, 7], 2.0)[0].flagged == (7,)  # 2 sends too few images to its label
     assert judge(coarse, {**full, 2: 12.0}, [2, 7, 9], 2.0)[0].flagged == (7,)  # not an outlier after the full search
     assert judge(coarse, full, [2, 7, 9], 50.0)[0].flagged == ()
+    large, shrunk = (50.0, 51.0, 52.0, 53.0, 90.0), {0: 50.0, 1: 51.0, 2: 52.0, 4: 5.0}
+    assert judge(large, shrunk, list(shrunk), 2.0)[0].flagged == ()  # an outlier twice, but once a large one
 
 
 def test_with_all_labels_searched_to_the_end_the_index_is_the_plain_one() -> None:

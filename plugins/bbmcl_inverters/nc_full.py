@@ -5,7 +5,7 @@ and 5.3.
 Differs: images pass in an endless stream of permutations of the clean set, 31 batches of 32 a step whatever its size;
 they are augmented as the repair's are. In `detect` the authors search every label to the end; here every label gets
 `coarse_steps`, and only the `finalists` with the smallest masks go on from there. A longer search leaves a smaller
-mask, so that full and coarse norms side by side would raise an alarm for nearly every clean model. A finalist is
+mask, so that full and coarse norms side by side would raise alarms for clean models. A finalist is
 flagged only if it is an outlier twice, like against like: by the coarse norms of all labels, and by its full norm among
 the coarse norms of the others times what the longer search left of a finalist's mask (the median over the finalists).
 Its index is the smaller of the two. In a simulation (norms log-normal with a deviation of 25 %, 10 labels, the target's
@@ -15,7 +15,9 @@ and 27-91 %. `finalists` of at least the number of labels is the original. Only 
 label is flagged. The median is numpy's (the mean of the middle two), the deviation is not taken below 1 % of it, so
 that equal norms raise no alarm by division by nearly 0.
 Should reach: no printed number for this budget. The paper's indices: above 3 with a backdoor, below 2 without; with 10
-labels the median rests on few points, so expect false alarms (spec 5.3).
+labels the median rests on few points, so expect false alarms (spec 5.3). Measured on one BadNets victim, CIFAR-10,
+WRN-16-1, 5 % clean images, cut down to images_per_step=160, steps=50, coarse_steps=30, patience=3 (58,000 images): the
+target alone is flagged, index 5.2, mask L1 6.9 coarse and 5.7 in the end, those of the other labels 35-54 coarse.
 """
 
 from __future__ import annotations
