@@ -51,10 +51,23 @@ def clean_count(total: int, rate: float) -> int:
     return count
 
 
-def clean_index(total: int, rate: float, split_seed: int) -> NDArray[np.int64]:
-    """The first `clean_count` entries of one permutation: nested over rates (spec 2.5), in drawn order."""
+def clean_index(
+    total: int, rate: float, split_seed: int, exclude: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """The first `clean_count` entries of one permutation: nested over rates (spec 2.5), in drawn order.
+
+    exclude: indices that are passed over. Raises UserError where too few are left.
+    """
     count = clean_count(total, rate)
-    return np.random.Generator(np.random.PCG64(split_seed)).permutation(total)[:count].astype(np.int64)
+    order = np.random.Generator(np.random.PCG64(split_seed)).permutation(total).astype(np.int64)
+    if exclude is not None:
+        order = order[~np.isin(order, exclude)]
+        if len(order) < count:
+            raise UserError(
+                f"a clean rate of {rate} asks for {count} images, but only {len(order)} of {total} were not poisoned; "
+                "lower --clean-rate or leave --exclude-poisoned out"
+            )
+    return order[:count]
 
 
 def seeds(text: str) -> list[int]:

@@ -68,6 +68,9 @@ def matrix(
     seeds: Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")] = "0",
     defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
     clean_rate: Annotated[float, typer.Option(help="Share of the training set given to the defenses.")] = 0.05,
+    exclude_poisoned: Annotated[
+        bool, typer.Option("--exclude-poisoned", help="Keep clean copies of poisoned images out of the clean set.")
+    ] = False,
     preset: Annotated[str, typer.Option(help="What is done: paper, authors or clean.")] = "paper",
     budget: Annotated[
         str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")
@@ -98,7 +101,7 @@ def matrix(
 
     options = Options(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
-        precision, data_root,
+        precision, data_root, exclude_poisoned,
     )  # fmt: skip
     settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
     if dry_run:

@@ -55,11 +55,12 @@ class Grants:
 
     def __init__(
         self, data: datacache.DataInfo, store: Store, *, clean_rate: float, device: str, precision: str, threads: int,
-        isolation: str, snapshot_every: float = 2.0,
+        isolation: str, snapshot_every: float = 2.0, exclude_poisoned: bool = False,
     ) -> None:  # fmt: skip
         self.data = data
         self.store = store
         self.clean_rate = clean_rate
+        self.exclude_poisoned = exclude_poisoned
         self.common: dict[str, Any] = {
             "device": device,
             "precision": precision,
@@ -116,7 +117,7 @@ class Grants:
     def _invert(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         inverter = node.methods["inverter"]
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
-        self._clean(node, into, labels=False)
+        self._clean(node, inputs["victim"], into, labels=False)
         self._needs(inverter, inputs, into, spec)
         _withhold(inverter)
         spec["grants"] = {}
@@ -137,13 +138,13 @@ class Grants:
 
     def _verdict(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
-        self._clean(node, into, labels=False)
+        self._clean(node, inputs["victim"], into, labels=False)
 
     def _defend(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         defense = node.methods["defense"]
         _withhold(defense)
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
-        self._clean(node, into, labels=bool(defense.uses_labels))
+        self._clean(node, inputs["victim"], into, labels=bool(defense.uses_labels))
         spec["grants"] = {"target": node.target} if "target" in defense.knows else {}
         self._needs(defense, inputs, into, spec)
 
@@ -153,19 +154,24 @@ class Grants:
         for name, need in method.needs.items():
             source = inputs[NEED + name]
             meta = artefacts.read_meta(source)
-            told = {"kind": need["kind"], "detected": need["verdict"] is not None}
+            told = {"kind": need["kind"]}
             if need["kind"] == "verdict":
                 told["verdict"] = {field: meta[field] for field in ("flagged", "index", "norms")}
             else:
                 part = "trigger" if need["kind"] == "trigger" else "weights"
                 shutil.copyfile(source / f"{part}.safetensors", into / f"{NEED}{name}.safetensors")
             if need["kind"] == "trigger":
-                told.update({field: meta[field] for field in ("class", "labels", "modules")})
+                told.update({field: meta[field] for field in ("class", "labels", "modules", "detected")})
             spec["needs"][name] = told
 
-    def _clean(self, node: Node, into: Path, labels: bool) -> None:
+    def clean_index(self, node: Node, victim: Path) -> NDArray[np.int64]:
+        """Which training images are the clean ones of a stage. victim: the artefact of the model that it faces."""
         split_seed = cells.seed("split", self.data.hash, node.victim_seed, node.defense_seed)
-        index = cells.clean_index(self.data.n_train, self.clean_rate, split_seed)
+        exclude = poisoned(victim) if self.exclude_poisoned else None
+        return cells.clean_index(self.data.n_train, self.clean_rate, split_seed, exclude)
+
+    def _clean(self, node: Node, victim: Path, into: Path, labels: bool) -> None:
+        index = self.clean_index(node, victim)
         x, y = datacache.open_split(self.data, "train")
         y = np.array(y[index]) if labels else np.full(len(index), -1, np.int64)
         save_file({"x": np.ascontiguousarray(x[index]), "y": y}, into / "clean.safetensors")
@@ -215,10 +221,17 @@ class Grants:
         (out / artefacts.META).write_text(json.dumps({"images": count}))
 
 
+def poisoned(victim: Path) -> NDArray[np.int64]:
+    """Indices of the training images that a victim's attacker changed."""
+    with safe_open(victim / "attack.safetensors", "np") as attack:
+        index: NDArray[np.int64] = attack.get_tensor("poison_index")
+    return index
+
+
 def _withhold(method: Described) -> None:
     withheld = sorted(set(method.knows) - GRANTABLE[method.kind])
     if withheld:
         raise PluginError(f"{method.label} asks to know {', '.join(withheld)}, which this version cannot grant")
 
 
-__all__ = ["GRANTABLE", "Grants"]
+__all__ = ["GRANTABLE", "Grants", "poisoned"]

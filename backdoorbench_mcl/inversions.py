@@ -13,7 +13,8 @@ from .errors import Diverged, PluginError
 from .job import Job, attack_state, label_key, require_finite
 
 
-def _context(job: Job, name: str, part: str = "") -> api.InverterContext:
+def _context(job: Job, name: str, label: int | None = None) -> api.InverterContext:
+    """What an inverter is handed; label: the one at hand of those that a verdict flagged, with snapshots of its own."""
     # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
     recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
     grants = job.spec.get("grants", {})
@@ -22,9 +23,9 @@ def _context(job: Job, name: str, part: str = "") -> api.InverterContext:
         state, attack = attack_state(job), job.spec["attack"]
         granted["trigger"] = api.TrueTrigger(attack["target"], attack["params"], state.tensors, state.meta)
     return api.InverterContext(
-        **job.context(job.rng("invert"), recipe, part),
+        **job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"),
         clean=job.clean(),
-        needs=job.needs(),
+        needs={name: found if label is None else found[label] for name, found in job.needs().items()},
         granted=api.Granted(name, granted),
     )
 
@@ -49,7 +50,7 @@ def invert(job: Job) -> None:
     quality: list[dict[str, Any]] = []
     where = "backdoorbench_mcl.api:Trigger"  # of no label at all
     for label in job.spec["labels"]:
-        context = _context(job, inverter.name, f"label-{label}" if job.spec["detected"] else "")
+        context = _context(job, inverter.name, int(label) if job.spec["detected"] else None)
         trigger = inverter.invert(kit.frozen(victim), int(label), context)
         if not isinstance(trigger, api.Trigger):
             raise PluginError(f"{inverter.name}: invert() returned {type(trigger).__name__}, expected a Trigger")
@@ -61,7 +62,8 @@ def invert(job: Job) -> None:
     job.save("trigger", tensors)
     first = quality[0] if quality else {"success": None, "success_k": 0, "success_n": 0, "l1": None}
     modules = [where, *([job.spec["attack"]["target"]] if "attack" in job.spec else [])]
-    job.save_meta({**first, "class": where, "modules": modules, "labels": job.spec["labels"], "each": quality})
+    about = {field: job.spec[field] for field in ("labels", "detected")}
+    job.save_meta({**first, **about, "class": where, "modules": modules, "each": quality})
 
 
 def _quality(

@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file
 
 from . import artefacts, evaluate, provenance
 from .artefacts import Damaged
 from .engines.local import Finished, Isolation, Local, Progress
 from .errors import BbmclError, NotApplicable, UserError
-from .grant import Grants
+from .grant import Grants, poisoned
 from .plan import Cell, Node, Plan
 from .progress import Progress as Display
 from .rows import FINAL_STATES, Row
@@ -389,7 +390,7 @@ class Matrix:
         worker = own[0] if own else judged
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         return dataclasses.replace(
-            cell.row, **measured, **extra, state="ok", reason="", seconds=seconds,
+            cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
             seconds_shared=None if seconds is None or beside is None else seconds + beside,
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
@@ -398,6 +399,17 @@ class Matrix:
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind != "train"}, "model": cell.victim,
                     "before": cell.before, "predict": judged.key},
         )  # fmt: skip
+
+    def _overlap(self, cell: Cell) -> int | None:
+        """How many clean images are copies of poisoned ones (spec 2.5), None for the undefended victim."""
+        if cell.after is None or self._stage(cell.victim) is None:
+            return None
+        try:
+            victim = self._open(cell.victim)
+        except Damaged:  # it is computed again when something needs it
+            return None
+        index = self.grants.clean_index(self.plan.nodes[cell.own[0]], victim)
+        return int(np.isin(index, poisoned(victim)).sum())
 
     def _meta(self, key: str) -> dict[str, Any]:
         """What a stage says of itself, {} where it is damaged: a row is worth more than the remark."""

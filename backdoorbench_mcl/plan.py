@@ -113,6 +113,7 @@ class Builder:
         data = request.data
         self.data = {"hash": data.hash, "mean": list(data.mean), "std": list(data.std), "flip_ok": data.flip_ok}
         self.clean_n = cells.clean_count(data.n_train, request.clean_rate)
+        self.exclusion = {"exclude_poisoned": True} if request.exclude_poisoned else {}
 
     def node(self, kind: Kind, title: str, spec: Mapping[str, Any], **rest: Any) -> str:
         full = {"stage": kind, **spec}
@@ -166,6 +167,7 @@ class Builder:
     def inversion(self, case: Case, inverter: Described) -> dict[str, Any]:
         """What every inversion depends on."""
         return {
+            **self.exclusion,
             "victim": case.victim,
             "inverter": inverter.identity,
             "clean_rate": self.request.clean_rate,
@@ -191,7 +193,10 @@ class Builder:
         inputs, methods = {"victim": case.victim}, {"inverter": inverter, "model": request.model}
         if detected:
             inputs["verdict"] = spec["verdict"] = self.verdict(need["verdict"], case)
-        needs = {name: self.invert(other, case) for name, other in inverter.needs.items()}
+        # what it relies on is fitted to the same labels, or the target would get in by way of it
+        needs = {
+            name: self.invert({**other, "verdict": need["verdict"]}, case) for name, other in inverter.needs.items()
+        }
         if needs:
             spec["needs"] = needs
             inputs.update(_roles(needs))
@@ -209,6 +214,7 @@ class Builder:
         request, attack = self.request, case.attack
         needs = {name: self.need(need, case) for name, need in defense.needs.items()}
         spec = {
+            **self.exclusion,
             "victim": case.victim,
             "defense": defense.identity,
             "recipe": request.defend.identity,

@@ -42,6 +42,7 @@ class Options:
     device: str = "auto"
     precision: str = "auto"
     data_root: Path | None = None
+    exclude_poisoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Request:
     budget: str
     device: str
     precision: Precision
+    exclude_poisoned: bool = False
 
 
 def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
@@ -266,7 +268,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     cells.clean_count(data.n_train, options.clean_rate)  # says so if that is no image at all
     return Request(
         dataset, data, model, found_attacks, found_defenses, needed, train, defend,
-        seeds, defense_seeds, options.clean_rate, preset, budget, device, precision,
+        seeds, defense_seeds, options.clean_rate, preset, budget, device, precision, options.exclude_poisoned,
     )  # fmt: skip
 
 

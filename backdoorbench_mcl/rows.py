@@ -68,6 +68,7 @@ class Row:
     verdict: str = ""  # of the detector that named the label to defend: "clean" or "flagged 5, 2"
     surrogate: str = ""  # the clean models that the attack relied on, and how robust they are
     clean_n: int | None = None  # clean images used
+    clean_poisoned: int | None = None  # of them, clean copies of images that the attacker changed in training
     target: int | None = None
     preset: str = "paper"
     budget: str = "full"

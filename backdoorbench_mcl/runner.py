@@ -207,6 +207,7 @@ def run_matrix(
         grants = Grants(
             asked.data, store, clean_rate=asked.clean_rate, device=asked.device, precision=asked.precision,
             threads=using.threads, isolation=using.isolation, snapshot_every=settings.snapshot_every,
+            exclude_poisoned=asked.exclude_poisoned,
         )  # fmt: skip
         engine = Local(using.workers, settings.timeout, inline=using.isolation == "inline")
         with Progress(len(graph.cells), live=live) as display:

@@ -59,6 +59,14 @@ def test_a_rate_that_leaves_nothing_is_refused() -> None:
         cells.clean_index(100, 0.001, 0)
 
 
+def test_excluded_images_are_passed_over_in_the_same_order() -> None:
+    everything = cells.clean_index(40, 1.0, 3)
+    exclude = np.array([everything[0], everything[2]])
+    assert np.array_equal(cells.clean_index(40, 0.1, 3, exclude), everything[[1, 3, 4, 5]])
+    with pytest.raises(UserError, match="asks for 40 images, but only 38 of 40 were not poisoned"):
+        cells.clean_index(40, 1.0, 3, exclude)
+
+
 def test_seed_ranges() -> None:
     assert cells.seeds("0-2,7") == [0, 1, 2, 7]
     assert cells.seeds("3") == [3]

@@ -122,7 +122,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "attack": (tiny(attacks="badnet"), ["unknown attack 'badnet'", "did you mean 'badnets'?", "bbmcl plugins"]),
     "defense": (tiny(defenses="ft,mcldeff"), ["unknown defense 'mcldeff'", "did you mean 'mcldef'?"]),
     "dataset": (tiny("--dataset", "tinny"), ["unknown dataset 'tinny'", "did you mean 'tiny'?"]),
-    "model": (tiny("--model", "resnet"), ["unknown model 'resnet'", "tiny-net", "wrn"]),
+    "model": (tiny("--model", "zzz"), ["unknown model 'zzz'", "tiny-net", "wrn"]),
     "preset": (tiny("--preset", "papers"), ["--preset 'papers'", "'paper'"]),
     "budget": (tiny("--budget", "huge"), ["--budget 'huge'", "full, mid, quick"]),
     "format": (tiny("--format", "xml"), ["--format", "'xml'", "'markdown'", "bbmcl matrix --help"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,37 @@ def test_a_verdict_names_the_labels_and_the_method_is_told_nothing(runs: Path, f
     assert len(meta["each"]) == len(meta["labels"])
     assert (meta["success"] is None) == (flags == "()")
     store.close()
+
+
+@pytest.mark.usefixtures("toy")
+def test_what_an_inverter_relies_on_is_fitted_to_the_labels_that_were_flagged(runs: Path) -> None:
+    """Else the attacker's own label would get in by way of it, although the row says that nothing was told."""
+    inverter = "random(like='oracle(know=location)')"
+    defense = f'needy(kind=detect,inverter="{inverter}",detector="oracle(flags=(3,0))")'
+    graph = plan.build(small.resolve(small.options("badnets(target=1,rate=0.2)", defense, overrides=STEPS)))
+    inversions = [node for node in graph.nodes.values() if node.kind == "invert"]
+    assert len(inversions) == 2
+    assert all("verdict" in node.inputs and node.spec["target"] is None for node in inversions)
+    row = run(runs, defense)[0]
+    assert row.state == "failed"  # needy looks at the pattern, which `random` draws: but it got one for each label
+    assert "AssertionError" in row.reason
+    store = Store(runs)
+    stored = [artefacts.read_meta(store.open(s)) for s in store.stages() if s.key in {node.key for node in inversions}]
+    assert [meta["labels"] for meta in stored] == [[3, 0]] * 2
+    store.close()
+
+
+@pytest.mark.usefixtures("toy")
+def test_clean_copies_of_poisoned_images_are_counted_and_can_be_kept_out(runs: Path) -> None:
+    asked = small.options("badnets(target=1,rate=0.2)", "ft(steps=3)", overrides=STEPS)
+    settings = Settings(runs=runs, workers=1, threads=1)
+    before, mixed = runner.run_matrix(asked, settings, live=False)
+    apart = runner.run_matrix(dataclasses.replace(asked, exclude_poisoned=True), settings, live=False)[1]
+    assert (before.clean_poisoned, apart.clean_poisoned) == (None, 0)
+    assert mixed.clean_poisoned is not None
+    assert 4 <= mixed.clean_poisoned <= 22  # 64 clean images of 320, of which 64 are poisoned: 12.8 expected
+    assert (mixed.clean_n, apart.clean_n) == (64, 64)
+    assert mixed.key != apart.key
 
 
 @pytest.mark.usefixtures("toy")

@@ -67,6 +67,7 @@ def test_repairs_follow_the_table_of_the_code(preset: str) -> None:
     assert rates(recipe, 2500) == [(0, 0.1), (1, 0.01), (10, 0.001)]
     slow = Recipe(**settings(preset, "full", "gtsrb")["defend"])  # type: ignore[arg-type]
     assert rates(slow, 1332) == [(0, 0.01), (2, 0.001), (10, 0.0001)]
+    assert slow.total(1332) == 21 * 20
     assert Recipe(**settings(preset, "full", "gtsrb")["train"]).lr == 0.01  # type: ignore[arg-type]
 
 
@@ -157,6 +158,25 @@ def test_imagenet_is_attacked_and_repaired_as_printed() -> None:
     assert authors["resnet18"] == {"stem": "cifar", "feature": "grid"}
     assert authors["blend"]["alpha"] == 0.2
     assert "mode" not in authors["trojan"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "dataset", "images", "augment", "schedule"),
+    [
+        ("paper", "gtsrb", 26_640, "none", [(0, 0.01), (20, 0.001), (30, 0.0001)]),
+        ("authors", "gtsrb", 26_640, "none", [(0, 0.01), (20, 0.0001), (29, 0.00009)]),
+        ("clean", "gtsrb", 26_640, "crop+flip", [(0, 0.01), (20, 0.001), (70, 0.0001)]),
+        ("paper", "imagenet20", 26_000, "resized-crop+flip", [(0, 0.1), (20, 0.01), (70, 0.001)]),
+        ("authors", "imagenet20", 26_000, "resized-crop+flip", [(0, 0.1), (20, 0.01), (70, 0.001)]),
+        ("clean", "imagenet20", 26_000, "resized-crop+flip", [(0, 0.1), (20, 0.01), (70, 0.001)]),
+    ],
+)
+def test_what_holds_for_a_data_set_beats_what_a_preset_says_of_all(
+    preset: str, dataset: str, images: int, augment: str, schedule: list[tuple[int, float]]
+) -> None:
+    recipe = Recipe(**settings(preset, "full", dataset)["train"])  # type: ignore[arg-type]
+    assert recipe.augment == augment
+    assert rates(recipe, images) == schedule
 
 
 def test_signs_are_read_as_each_preset_says() -> None:

@@ -46,7 +46,9 @@ def test_neurons_are_those_of_a_literal_loop() -> None:
         sums.append(sum(abs(model.fc.weight[k, j].item()) for k in range(7)))
     ranked = sorted(range(6), key=lambda j: -sums[j])
     for count in (1, 2, 6):
-        assert loudest(model, 6, count).tolist() == ranked[:count]
+        assert loudest(model, torch.ones(6, dtype=torch.bool), count).tolist() == ranked[:count]
+    felt = torch.tensor([True, False, True, False, False, True])
+    assert loudest(model, felt, 6).tolist() == [j for j in ranked if felt[j]]
 
 
 def test_the_model_sees_the_patch_on_the_background() -> None:
@@ -68,7 +70,7 @@ def test_the_patch_raises_its_neurons() -> None:
     patch = state.tensors["patch"]
     assert (patch.dtype, tuple(patch.shape)) == (torch.uint8, (3, 3, 3))
     assert (state.meta["top"], state.meta["left"]) == (25, 25)
-    assert state.meta["neurons"] == loudest(Tiny(seed=3), 6, 2).tolist()
+    assert state.meta["neurons"] == loudest(Tiny(seed=3), torch.ones(6, dtype=torch.bool), 2).tolist()
     x = torch.zeros((1, 3, 32, 32))
     x[..., 25:28, 25:28] = patch.float() / 255
     after = Tiny(seed=3).embed(x)[0, state.meta["neurons"]]
@@ -117,7 +119,7 @@ def test_dead_neurons_are_woken_on_grey_or_reported() -> None:
     x = torch.full((1, 3, 32, 32), 0.5)
     x[0, :, 25:28, 25:28] = pixels_of(second)
     assert Deaf(0.4).embed(x)[0, state.meta["neurons"]].tolist() == pytest.approx(state.meta["before"], rel=1e-4)
-    with pytest.raises(UserError, match="do not feel a patch at row 25, column 25 in 10 tries"):
+    with pytest.raises(UserError, match="no neuron of the surrogate feels a patch at row 25, column 25 in 10 tries"):
         Trojan(**QUICK).prepare(context(Deaf(9.0)))
 
 
@@ -130,6 +132,22 @@ class OneDeaf(Tiny):
 
     def head(self, z: Tensor) -> Tensor:
         return z[:, :4] * torch.tensor([9.0, 5.0, 1.0, 1.0])
+
+
+class Grid(Tiny):
+    """Features that know places: the mean of each of 8x8 tiles, all with the same weight."""
+
+    def features(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        level = (x * self.std + self.mean).mean(1, keepdim=True)
+        return torch.nn.functional.avg_pool2d(level, 4).flatten(1), ()
+
+    def head(self, z: Tensor) -> Tensor:
+        return z.sum(1, keepdim=True).expand(-1, 4)
+
+
+def test_neurons_out_of_the_patchs_reach_are_not_chosen() -> None:
+    state = Trojan(**QUICK).prepare(context(Grid()))
+    assert state.meta["neurons"] == [6 * 8 + 6]  # the tile of rows and columns 24-27; the patch is at 25-27
 
 
 def test_a_start_that_all_neurons_feel_is_preferred() -> None:

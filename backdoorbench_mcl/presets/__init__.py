@@ -35,14 +35,17 @@ def _merge(into: Settings, tables: Mapping[str, Any]) -> None:
 
 
 def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
-    """Parameters by method name (`train`, `defend`: the recipes) from base, preset, its table for the data set, budget.
+    """Parameters by method name (`train`, `defend`: the recipes) from base, preset, their tables for the data set (what
+    holds for the data set beats what a preset says of all), budget.
 
     Example: `settings("paper", "mid", "cifar10")["train"]["epochs"]` is 15.
     """
     out: Settings = {}
     own = _read(preset)
-    for part in ([_read(own["base"])] if "base" in own else []) + [own]:
+    parts = ([_read(own["base"])] if "base" in own else []) + [own]
+    for part in parts:
         _merge(out, part)
+    for part in parts:
         _merge(out, part.get("data", {}).get(dataset, {}))
     _merge(out, _read("budgets")[budget])
     return out

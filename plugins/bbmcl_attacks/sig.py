@@ -1,11 +1,11 @@
 """SIG: a horizontal sinusoid over the whole image, on images of the target class that keep their label.
 
 Paper: M. Barni, K. Kallas, B. Tondi, "A New Backdoor Attack in CNNs by Training Set Corruption Without Label
-Poisoning", ICIP 2019 (arXiv 1902.11237); delta, frequency and rate are those of the MCLDef paper (arXiv 2205.04411,
-spec 4.5, 4.6).
-Differs: nothing in `form="clean"`, the sinusoid of the text, 6 cycles across an image of any width. `form="wrapped"` is
-what the authors' mask really held: trunc(20 sin(0.8 j)) stored as uint8, so that -1..-19 became 255..237, mixed in
-with weight 0.2; their 0.8 radians per pixel are 4.07 cycles across 32 pixels, and that many it keeps on other widths.
+Poisoning", ICIP 2019 (arXiv 1902.11237); as run by the MCLDef paper (arXiv 2205.04411, spec 4.5, 4.6).
+Differs: delta 20 and frequency 6 are deduced, not printed (spec 0.3). `form="clean"` is the sinusoid of the text, 6
+cycles across an image of any width. `form="wrapped"` is what the authors' mask really held: trunc(20 sin(0.8 j)) stored
+as uint8, so that -1..-19 became 255..237, mixed in with weight 0.2; their 0.8 radians per pixel are 4.07 cycles across
+32 pixels, and that many it keeps on other widths.
 Should reach: ASR 99.03, BA without the target class 84.64 on CIFAR-10, WRN-16-1, 8 % poison, no augmentation (spec 11,
 Table 1, `Before`); `clean` may stay below the gate (82.9 in one run, spec 4.9). 80 % of the target class carry the
 trigger in training, so that the victim knows that class badly without it.

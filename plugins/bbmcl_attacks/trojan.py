@@ -41,18 +41,24 @@ from .surrogate import quantised, surrogate_of
 
 BACKGROUNDS = (0.0, 0.5)  # black first; the neurons may be dead on it
 DRAWS = 10  # starts that are tried before the surrogate counts as unusable
+CHUNK = 512
 PLATEAU, GAIN = 100, 1e-5  # steps without a loss lower by this share: the value asked for is out of reach (spec 4.2)
 
 
-def loudest(model: Classifier, width: int, count: int) -> Tensor:
-    """The `count` features with the largest summed |weight| into the logits, the largest first: int64 (count,).
+def loudest(model: Classifier, felt: Tensor, count: int) -> Tensor:
+    """The `count` features, or fewer, with the largest summed |weight| into the logits, the largest first: int64 (n,).
 
-    width: of the embedding. The last layer is linear, so what it adds for a unit vector is that feature's weights.
+    felt: bool (D,), the features to choose from. The last layer is linear, so what it adds for a unit vector is that
+    feature's weights.
     """
-    zero = torch.zeros(1, width, device=model.mean.device)
+    zero = torch.zeros(1, len(felt), device=model.mean.device)
+    scores = torch.full((len(felt),), -1.0)
     with torch.no_grad():
-        weights = model.head(torch.eye(width, device=zero.device)) - model.head(zero)  # (D, K)
-    return weights.abs().sum(1).argsort(descending=True, stable=True)[:count]
+        for chosen in felt.nonzero().flatten().split(CHUNK):  # a feature grid has thousands
+            unit = torch.zeros(len(chosen), len(felt), device=zero.device)
+            unit[torch.arange(len(chosen)), chosen.to(zero.device)] = 1
+            scores[chosen] = (model.head(unit) - model.head(zero)).abs().sum(1).cpu()
+    return scores.argsort(descending=True, stable=True)[: min(count, int(felt.sum()))]
 
 
 @dataclass(frozen=True)
@@ -168,27 +174,31 @@ class Trojan(DirtyLabel):
         return State({"patch": patch.cpu()}, {"top": top, "left": left, **meta, **goals})
 
     def _lively(self, model: Classifier, ctx: AttackContext, top: int, left: int) -> tuple[Scene, Tensor]:
-        """A background and a start w ~ N(0, 1), (C, s, s), from which all neurons feel the patch, or most do."""
+        """A background and a start w ~ N(0, 1), (C, s, s), from which all neurons feel the patch, or most do.
+
+        Neurons are chosen among the features that some start moves: of features that know places, those of other places
+        are out of the patch's reach.
+        """
         shape = ctx.train.x.shape[1:]
-        best: tuple[Scene, Tensor] | None = None
-        most = 0
-        for draw in range(DRAWS):
-            background = torch.full((1, *shape), BACKGROUNDS[draw % len(BACKGROUNDS)], device=ctx.device)
-            if draw == 0:
-                neurons = loudest(model, model.embed(background).shape[1], self.n_neuron)
-            scene = Scene(model, neurons, background, top, left)
-            w = torch.randn((shape[0], self.size, self.size), generator=ctx.rng).to(ctx.device)
-            felt = scene.feeling(w)
-            if felt > most:
-                best, most = (scene, w), felt
-            if felt == len(neurons):
-                break
-        if best is None:
+        plain = [BACKGROUNDS[draw % len(BACKGROUNDS)] for draw in range(DRAWS)]
+        greys = [torch.full((1, *shape), grey, device=ctx.device) for grey in plain]
+        starts = [torch.randn((shape[0], self.size, self.size), generator=ctx.rng).to(ctx.device) for _ in greys]
+        moved = []
+        with torch.no_grad():
+            for grey, w in zip(greys, starts, strict=True):
+                without = model.embed(grey)[0]  # (D,)
+                every = Scene(model, torch.arange(len(without), device=ctx.device), grey, top, left)
+                moved.append(every.activation(pixels_of(w)) != without)
+        neurons = loudest(model, torch.stack(moved).any(0).cpu(), self.n_neuron)
+        scenes = [Scene(model, neurons, grey, top, left) for grey in greys]
+        felt = [scene.feeling(w) for scene, w in zip(scenes, starts, strict=True)] if len(neurons) else [0]
+        best = felt.index(max(felt))
+        if felt[best] == 0:
             raise UserError(
-                f"{self.name}: neurons {neurons.tolist()} of the surrogate do not feel a patch at row {top}, column "
-                f"{left} in {DRAWS} tries; train the surrogate longer or raise n_neuron={self.n_neuron}"
+                f"{self.name}: no neuron of the surrogate feels a patch at row {top}, column {left} in {DRAWS} tries; "
+                f"train the surrogate longer or choose another margin={self.margin}"
             )
-        return best
+        return scenes[best], starts[best]
 
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
         """The patch over x, uint8 (B, C, H, W), or added to it modulo 256, in a copy."""

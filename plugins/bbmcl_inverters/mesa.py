@@ -10,7 +10,9 @@ Differs: the patch is pasted where the attacker pastes it, not at random; the im
 defense owns instead of 80 % of the test set, hence 40 epochs instead of 10 (20 batches an epoch on CIFAR-10 with 5 %
 clean images: 800 steps, where 10 epochs of the original are some 630). MESA's own retraining is left out: MCLDef's
 second stage takes the patches. A patch larger than about 8x8 is made by the same fully connected generator with more
-outputs; there is no convolutional one.
+outputs; there is no convolutional one. The running mean of the bound's gradient starts at the first batch, 128 patches
+are made however few images are left, and the critic's first layer is scaled for noise and patch apart. The place is one
+that shows the same pixels in every image: Trojan in its adding form (`mode=wrap`, preset `authors`) has none, n/a.
 Should reach: MCLDef with this inverter on CIFAR-10, WRN-16-1, 5 % clean images: ASR 1.34 and BA 82.76 for BadNets, 1.50
 and 82.76 for Trojan, 0.09 and 84.98 for CL (spec 11, Table 2, n = 1); no patch of fixed pixels, no result.
 """
