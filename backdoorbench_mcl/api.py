@@ -387,6 +387,13 @@ class Attack(Method):
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
         """The true test-time trigger: uint8 (B, C, H, W) and labels (B,) -> a new uint8 tensor of the same shape."""
 
+    def lasting(self, state: State) -> State:
+        """The part of the state that `stamp` and `goal` read: it is stored with the victim, and an oracle is told it.
+
+        All of it by default; an attack that keeps poisoned images or their indices for `poison` leaves them out here.
+        """
+        return state
+
     def goal(self, y: Tensor, state: State) -> Goal:
         """Labels (N,) -> the attacker's labels and the images that count (spec 1.1): the target, on all others."""
         if self.target is None:

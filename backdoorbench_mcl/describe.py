@@ -82,6 +82,8 @@ def describe(request: Mapping[str, Any]) -> dict[str, Any]:
         out["needs"] = {name: _need(method, name, need) for name, need in method.needs().items()}
     if isinstance(method, (api.Inverter, api.Defense)):
         out["knows"] = sorted(method.knows)
+    if isinstance(method, api.Inverter):
+        out["detects"] = type(method).detect is not api.Inverter.detect
     if isinstance(method, api.Defense):
         out["uses_labels"] = bool(method.uses_labels)
     return out
@@ -94,6 +96,8 @@ def _need(method: Method, name: str, need: api.Need) -> dict[str, Any]:
         raise PluginError(f"{method.name}: need {name!r} is a {need.kind}; {kind}s may need {', '.join(NEEDS[kind])}")
     if not name.isidentifier():
         raise PluginError(f"{method.name}: need {name!r}: expected a Python name, as in 'trigger'")
+    if need.verdict is not None and (need.kind != "trigger" or kind != "defense"):
+        raise PluginError(f"{method.name}: need {name!r}: only a trigger that a defense needs can rest on a verdict")
     if need.kind == "model" and need.method not in SURROGATES:
         raise PluginError(f"{method.name}: need {name!r} is a model {need.method!r}; there are {', '.join(SURROGATES)}")
     return {"kind": need.kind, "method": need.method, "verdict": need.verdict}

@@ -88,10 +88,16 @@ def der(
     return (max(0.0, asr_before - asr_after) - max(0.0, ba_before - ba_after) + 100.0) / 2.0
 
 
-def gate(asr: float | None) -> Gate:
-    """Whether the attack was planted, from the ASR in % of the undefended victim; "" where there is no ASR."""
+def gate(asr: float | None, ba: float | None = None) -> Gate:
+    """Whether the attack was planted, from the ASR in % of the undefended victim; "" where there is no ASR.
+
+    ba: of an all-to-all attack, the share of images that can reach their goal at all (a victim that does not know an
+    image does not know its goal either): ASR counts as a share of it. Example: `gate(82.0, 83.0)` is "ok".
+    """
     if asr is None:
         return ""
+    if ba is not None:
+        asr = min(100.0, 100.0 * asr / ba) if ba > 0 else 0.0
     if asr >= GATE_OK:
         return "ok"
     return "flagged" if asr >= GATE_WEAK else "weak"

@@ -43,6 +43,7 @@ ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the s
     "defend": ("init", "order"),
     "predict": ("init",),
 }
+POISON_INDEX = "poison_index"  # in what an attack left: which training images it changed
 _CHUNK = 256  # triggered images copied at a time
 LONG: frozenset[Kind] = frozenset({"surrogate", "train", "verdict", "invert", "defend"})  # jobs that leave snapshots
 GRANTABLE: Mapping[str, frozenset[str]] = {
@@ -126,7 +127,9 @@ class Grants:
             if spec["grants"]["location"] is None:
                 raise NotApplicable(f"{inverter.label}: the trigger of this attack is no patch of fixed pixels")
         if "trigger" in inverter.knows:
-            shutil.copyfile(inputs["victim"] / "attack.safetensors", into / "attack.safetensors")
+            known = load_file(inputs["victim"] / "attack.safetensors")
+            state = {name: tensor for name, tensor in known.items() if name != POISON_INDEX}
+            save_file(state, into / "attack.safetensors")
             spec["attack_meta"] = artefacts.read_meta(inputs["victim"])["attack"]
         spec["detected"] = "verdict" in inputs
         if spec["detected"]:
@@ -224,7 +227,7 @@ class Grants:
 def poisoned(victim: Path) -> NDArray[np.int64]:
     """Indices of the training images that a victim's attacker changed."""
     with safe_open(victim / "attack.safetensors", "np") as attack:
-        index: NDArray[np.int64] = attack.get_tensor("poison_index")
+        index: NDArray[np.int64] = attack.get_tensor(POISON_INDEX)
     return index
 
 

@@ -37,7 +37,7 @@ def verdict(job: Job) -> None:
     if not isinstance(found, api.Verdict) or len(found.index) != job.spec["data"]["classes"]:
         raise PluginError(f"{inverter.name}: detect() must return a Verdict with an index for each label")
     if not all(math.isfinite(value) for value in (*found.index, *found.norms)):
-        raise Diverged(f"{inverter.name}: an anomaly index is not finite")
+        raise Diverged(f"{inverter.name}: an anomaly index or a norm is not finite")
     job.save_meta({"flagged": list(found.flagged), "index": list(found.index), "norms": list(found.norms)})
 
 
@@ -58,10 +58,14 @@ def invert(job: Job) -> None:
         require_finite(own)
         quality.append(_quality(victim, trigger, int(label), context.clean, job.rng("stamp"), own.get("mask")))
         tensors.update({label_key(label, name) if job.spec["detected"] else name: own[name] for name in own})
-        where = f"{type(trigger).__module__}:{type(trigger).__qualname__}"
+        found = f"{type(trigger).__module__}:{type(trigger).__qualname__}"
+        if quality[1:] and found != where:
+            raise PluginError(f"{inverter.name}: invert() returned triggers of two classes, {where} and {found}")
+        where = found
     job.save("trigger", tensors)
     first = quality[0] if quality else {"success": None, "success_k": 0, "success_n": 0, "l1": None}
     modules = [where, *([job.spec["attack"]["target"]] if "attack" in job.spec else [])]
+    modules += [module for need in job.spec.get("needs", {}).values() for module in need["modules"]]
     about = {field: job.spec[field] for field in ("labels", "detected")}
     job.save_meta({**first, **about, "class": where, "modules": modules, "each": quality})
 

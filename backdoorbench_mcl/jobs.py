@@ -91,8 +91,9 @@ def train(job: Job) -> None:
     weights = weights_of(model)
     require_finite(weights)
     job.save("weights", weights)
-    job.save("attack", {"poison_index": poisoned.index, **{f"state.{k}": v for k, v in state.tensors.items()}})
-    job.save_meta({"attack": dict(state.meta), "poisoned": len(poisoned.index), "train": len(images)})
+    lasting = attack.lasting(state)
+    job.save("attack", {"poison_index": poisoned.index, **{f"state.{k}": v for k, v in lasting.tensors.items()}})
+    job.save_meta({"attack": dict(lasting.meta), "poisoned": len(poisoned.index), "train": len(images)})
 
 
 class _Overlaid(api.Images):
@@ -106,6 +107,10 @@ class _Overlaid(api.Images):
         self._over = over
         self._place = torch.full((len(x),), -1)  # of each image among those laid over
         self._place[index] = torch.arange(len(index))
+
+    def to(self, device: torch.device | str) -> api.Images:
+        """The images as they are seen, in memory."""
+        return api.Images(*self.take(torch.arange(len(self)))).to(device)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = super().take(index)

@@ -29,6 +29,7 @@ from .store import Claim, Stage, Store
 from .workdir import WorkFolder
 
 WEAK = "weak attack"
+READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("labels", "modules", "detected")}
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
 TYPED = ("dataset", "model", "attack", "defense", "inverter", "preset", "budget")  # may differ at equal keys
 POLL = 1.0  # seconds between two looks at what other drivers have stored
@@ -193,6 +194,9 @@ class Matrix:
 
     def _start(self, node: Node, claim: Claim) -> bool:
         folder = self.work.path / f"{node.kind}-{uuid.uuid4().hex}"
+        if self._forget_outdated(node):
+            claim.release()
+            return True
         try:
             inputs = {role: self._open(key) for role, key in node.inputs.items()}
             folder.mkdir()
@@ -210,6 +214,18 @@ class Matrix:
         self.display.started(node.key, node.title)
         self.engine.start(folder)
         return True
+
+    def _forget_outdated(self, node: Node) -> bool:
+        """Forget inputs that an earlier version made without what a job now reads of them; True if there were any."""
+        found = False
+        for key in node.inputs.values():
+            wanted = READ_OF.get(self.plan.nodes[key].kind, ())
+            if wanted and (meta := self._meta(key)) and not all(field in meta for field in wanted):
+                self.display.note(f"{self.plan.nodes[key].title}: made by an earlier version, computed again")
+                self.store.forget(key)
+                self.stages.pop(key, None)
+                found = True
+        return found
 
     def _open(self, key: str) -> Path:
         stage = self._stage(key)
@@ -314,7 +330,7 @@ class Matrix:
             return None if cause is None else self._failed(cell, cause)
         if cell.after is None and not cell.undefined:
             return self._with_stages(self._undefended(cell, before), before)
-        if evaluate.gate(before["asr"]) == "weak":
+        if self._gate(cell, before) == "weak":
             return self._failed(self._undefended(cell, before), Failure("n/a", WEAK))
         if cell.after is None:
             return self._failed(self._undefended(cell, before), Failure("n/a", cell.undefined))
@@ -325,9 +341,13 @@ class Matrix:
         der = evaluate.der(before["asr"], after["asr"], before["ba"], after["ba"])
         return self._with_stages(self._undefended(cell, before), {**after, "der": der})
 
+    def _gate(self, cell: Cell, before: Mapping[str, Any]) -> evaluate.Gate:
+        """Whether the attack was planted. All-to-all can only reach the goal of an image that the victim would know."""
+        return evaluate.gate(before["asr"], before["ba"] if cell.row.target is None else None)
+
     def _undefended(self, cell: Cell, before: Mapping[str, Any]) -> Cell:
         """The cell with what is known of its victim."""
-        gate = evaluate.gate(before["asr"])
+        gate = self._gate(cell, before)
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
             surrogate=self._surrogate(cell),
@@ -380,9 +400,10 @@ class Matrix:
         seconds = _seconds(own) if len(own) == len(cell.own) else None
         beside = _seconds(shared) if len(shared) == len(cell.shared) else None
         extra: dict[str, Any] = {}
-        for stage in reversed(shared):  # the nearest has the last word: it is the one that the defense itself asked for
-            meta = self._meta(stage.key) if stage.kind in ("invert", "verdict") else {}
-            if stage.kind == "invert" and meta:
+        for stage in reversed(shared):  # the nearest verdict has the last word
+            wanted = stage.kind == "verdict" or stage.key == cell.trigger
+            meta = self._meta(stage.key) if wanted else {}
+            if meta and stage.kind == "invert":
                 extra.update(inverter_success=meta["success"], inverter_l1=meta["l1"])
             elif meta:
                 named = ", ".join(map(str, meta["flagged"]))
@@ -396,7 +417,8 @@ class Matrix:
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
             strays=tuple(dict.fromkeys(path for stage in guests for path in stage.numerics.get("strays", ()))),
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
-            stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind != "train"}, "model": cell.victim,
+            stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
+                    **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,
                     "before": cell.before, "predict": judged.key},
         )  # fmt: skip
 
@@ -423,8 +445,11 @@ class Matrix:
         """The surrogates of the attack: a robust one that does not hold under PGD-10 is called natural (spec 4.4)."""
         told = []
         for key in cell.surrogates:
-            pgd = self._meta(key).get("pgd") if self._stage(key) is not None else None
-            if pgd is None:
+            meta = self._meta(key) if self._stage(key) is not None else {}
+            pgd = meta.get("pgd")
+            if not meta:
+                told.append("unknown")  # imported without it, or damaged: what rests on it is still there
+            elif pgd is None:
                 told.append("natural")
             elif pgd >= evaluate.ROBUST:
                 told.append(f"robust: {pgd:.1f} % under PGD-10")

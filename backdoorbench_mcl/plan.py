@@ -59,6 +59,7 @@ class Cell:
     own: tuple[str, ...]  # stages whose seconds are the cell's alone
     shared: tuple[str, ...]  # stages that other cells use too, charged to each user in the report
     surrogates: tuple[str, ...] = ()
+    trigger: str | None = None  # the inversion that the defense itself asked for
     undefined: str = ""
 
     @property
@@ -242,10 +243,21 @@ class Builder:
     def behind(self, key: str) -> list[str]:
         """The stages that a repair rests on, nearest first: inversions, verdicts, other repairs; never the victim."""
         out: list[str] = []
-        for role, other in self.plan.nodes[key].inputs.items():
-            if role == "verdict" or role.startswith(NEED):
-                out += [other, *self.behind(other)]
+        level = [key]
+        while level:
+            inputs = [self.plan.nodes[other].inputs.items() for other in level]
+            level = [other for found in inputs for role, other in found if role == "verdict" or role.startswith(NEED)]
+            out += level
         return list(dict.fromkeys(out))
+
+    def methods_behind(self, method: Described) -> list[Described]:
+        """Everything that a method needs, and what that needs in turn."""
+        out: list[Described] = []
+        waiting = [method]
+        while waiting:
+            waiting = [self.request.needed[item] for other in waiting for item in wanted_by(other)]
+            out += waiting
+        return out
 
     def row(self, attack: Described, defense: Described | None, seed: int, defense_seed: int | None, key: str) -> Row:
         request = self.request
@@ -256,11 +268,13 @@ class Builder:
             "train": dict(request.train.params),
         }
         inverter = None
+        for method in [attack] if defense is None else [attack, defense]:
+            for other in self.methods_behind(method):
+                resolved.setdefault(f"needs {other.kind}", {})[other.label] = dict(other.identity)
         if defense is not None:
             resolved["defense"] = dict(defense.identity)
             resolved["defend"] = dict(request.defend.params)
-            for other in [request.needed[item] for item in wanted_by(defense)]:
-                resolved.setdefault(f"needs {other.kind}", {})[other.label] = dict(other.identity)
+            resolved.update(self.exclusion)
             triggers = [need["method"] for need in defense.needs.values() if need["kind"] == "trigger"]
             for text in triggers[:1]:
                 inverter = request.needed["inverter", text].label
@@ -287,6 +301,7 @@ class Builder:
         defense_seed: int | None = None,
     ) -> None:  # fmt: skip
         after, undefined = None, ""
+        triggers: list[str] = []
         own: tuple[str, ...] = (facing.before,)
         shared: tuple[str, ...] = (facing.victim,)
         if defense is not None and "target" in defense.told and attack.attack_target is None:
@@ -297,14 +312,21 @@ class Builder:
             title = f"judge {defense.label} on {attack.label} {seed}"
             after = self.predict(repaired, facing.trial, title, seed, facing.before)
             own, shared = (repaired,), tuple(self.behind(repaired))
+            inputs = self.plan.nodes[repaired].inputs
+            triggers = [inputs[NEED + name] for name, need in defense.needs.items() if need["kind"] == "trigger"]
         spec = {"row": [facing.before, after], "evaluator": evaluate.EVALUATOR_VERSION}
         if undefined and defense is not None:
-            spec["undefined"] = [defense.identity, defense_seed]
+            needs = [other.identity for other in self.methods_behind(defense)]
+            recipe = self.request.defend.identity
+            about = {**self.exclusion, "clean_rate": self.request.clean_rate, "defense_seed": defense_seed}
+            spec["undefined"] = {**about, "defense": defense.identity, "needs": needs, "recipe": recipe}
         row = self.row(attack, defense, seed, defense_seed, cells.key(spec))
-        inputs = self.plan.nodes[facing.victim].inputs
-        surrogates = tuple(key for role, key in inputs.items() if role.startswith(NEED))
-        cell = Cell(row, facing.victim, facing.before, after, own, shared, surrogates, undefined)
-        self.plan.cells.append(cell)
+        roles = self.plan.nodes[facing.victim].inputs
+        surrogates = tuple(key for role, key in roles.items() if role.startswith(NEED))
+        trigger = triggers[0] if triggers else None
+        self.plan.cells.append(
+            Cell(row, facing.victim, facing.before, after, own, shared, surrogates, trigger, undefined)
+        )
 
 
 def build(request: Request) -> Plan:

@@ -64,6 +64,7 @@ class Described:
     knows: tuple[str, ...] = ()
     uses_labels: bool | None = None
     told: tuple[str, ...] = ()
+    detects: bool = False
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attack_target: int | None = None
     budget: str = "full"
@@ -212,6 +213,7 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         told=tuple(ok.get("knows", ())),
         uses_labels=ok.get("uses_labels"),
         needs=ok.get("needs", {}),
+        detects=ok.get("detects", False),
         attack_target=ok.get("attack", {}).get("target"),
         budget=dataset.get("budget", "full"),
         toy=dataset.get("toy", False),

@@ -179,16 +179,33 @@ def _told(method: Described, needed: Needed, above: tuple[str, ...] = ()) -> fro
 
     A label that a detector named is no knowledge of the target: it may be wrong.
     """
-    if method.label in above:
-        raise PluginError(f"{method.label} needs itself, by way of {' and '.join(above)}")
+    me = f"{method.kind} {method.label}"
+    if me in above:
+        raise PluginError(f"{me} needs itself, by way of {' and '.join(above)}")
     told = set(method.knows)
     for need in method.needs.values():
-        other = _told(needed[PROVIDERS[need["kind"]], need["method"]], needed, (*above, method.label))
-        detected = need["kind"] == "verdict" or need["verdict"] is not None
-        if need["verdict"] is not None:
-            other |= _told(needed["inverter", need["verdict"]], needed, (*above, method.label))
-        told |= other - {"target"} if detected else other
+        source = needed[PROVIDERS[need["kind"]], need["method"]]
+        other = _told(source, needed, (*above, me))
+        detector = need["method"] if need["kind"] == "verdict" else need["verdict"]
+        if detector is None:
+            told |= other
+            continue
+        _check_detector(needed["inverter", detector])
+        if "trigger" in other:
+            raise UserError(
+                f"{method.label}: {source.label} is told the trigger, and with it the target label, which no detector "
+                "has to find then; use target=given, or another inverter"
+            )
+        told |= other - {"target"}
     return frozenset(told)
+
+
+def _check_detector(detector: Described) -> None:
+    """Raises UserError where a method that should name the target label is no detector, or would have to be told."""
+    if not detector.detects:
+        raise UserError(f"detector {detector.label!r} names no target label; choose one that does, such as nc-full")
+    if detector.needs or set(detector.knows) - {"target"}:
+        raise UserError(f"detector {detector.label!r} has needs or must be told more, which no detector is granted")
 
 
 def labels_used(method: Described, needed: Needed) -> bool:

@@ -38,7 +38,11 @@ class Verdict:
     norms: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.index) != len(self.norms) or not all(0 <= label < len(self.index) for label in self.flagged):
+        # numpy's and torch's numbers are welcome
+        for name, kind in (("flagged", int), ("index", float), ("norms", float)):
+            object.__setattr__(self, name, tuple(kind(value) for value in getattr(self, name)))
+        known = all(0 <= label < len(self.index) for label in self.flagged)
+        if len(self.index) != len(self.norms) or not known or len(set(self.flagged)) != len(self.flagged):
             raise ValueError(
                 f"verdict: {len(self.index)} indices and {len(self.norms)} norms for the flagged labels {self.flagged}"
             )

@@ -135,6 +135,14 @@ def test_gate(asr: float | None, expected: str) -> None:
     assert gate(asr) == expected
 
 
+@pytest.mark.parametrize(
+    ("asr", "ba", "expected"),
+    [(82.0, 83.0, "ok"), (76.0, 83.0, "flagged"), (70.0, 83.0, "weak"), (90.0, 80.0, "ok"), (5.0, 0.0, "weak")],
+)
+def test_all_to_all_is_gated_by_what_the_victim_can_reach(asr: float, ba: float, expected: str) -> None:
+    assert gate(asr, ba) == expected
+
+
 def row(asr: tuple[int, int] | None, ftr: tuple[int, int] | None) -> Row:
     (a, an), (f, fn) = asr or (0, 0), ftr or (0, 0)
     return Row(

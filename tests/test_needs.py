@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from safetensors.numpy import load_file
 
 from backdoorbench_mcl import artefacts, plan, runner
-from backdoorbench_mcl.errors import PluginError
+from backdoorbench_mcl.api import Inverter, Need
+from backdoorbench_mcl.describe import _need
+from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -139,6 +142,66 @@ def test_the_result_of_another_defense_is_shared_with_its_own_cell(runs: Path) -
 def test_a_row_names_the_labels_that_another_defense_read_for_it(overrides: tuple[str, ...], read: bool) -> None:
     graph = plan.build(small.resolve(small.options("badnets(target=1)", "mcldef+", overrides=overrides)))
     assert [cell.row.uses_labels for cell in graph.cells] == [None, read]
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize(
+    ("defense", "line"),
+    [
+        ("needy(kind=detect,inverter='oracle(know=trigger)')", "is told the trigger, and with it the target label"),
+        ("needy(kind=detect,detector=nc-box)", "detector 'nc-box' names no target label; choose one that does"),
+        ("needy(kind=verdict,detector='oracle(know=location)')", "has needs or must be told more"),
+    ],
+)
+def test_a_verdict_that_would_mean_nothing_is_one_line(defense: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        small.resolve(small.options("badnets(target=1)", defense))
+
+
+def test_only_a_trigger_that_a_defense_needs_rests_on_a_verdict() -> None:
+    class Sly(Inverter):
+        name = "sly"
+
+        def needs(self) -> dict[str, Need]:
+            return {"it": Need("trigger", "nc-box", verdict="nc-full")}
+
+        def invert(self, model: Any, target: int, ctx: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(PluginError, match="'it': only a trigger that a defense needs can rest on a verdict"):
+        _need(Sly(), "it", Sly().needs()["it"])
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_undefined_cell_is_known_by_all_that_its_row_says() -> None:
+    def keys(**changes: Any) -> set[str]:
+        graph = plan.build(small.resolve(small.options("badnets(targets=all)", "mcldef", **changes)))
+        return {cell.key for cell in graph.cells if cell.undefined}
+
+    base = small.overrides("badnets", "mcldef")[1:]
+    variants = [keys(overrides=base), keys(overrides=base, clean_rate=0.1)]
+    variants += [keys(overrides=(*base[:-1], "defend.steps=5")), keys(overrides=("mcldef.inverter=nc-box(steps=7)",))]
+    assert len(set.union(*variants)) == len(variants)
+
+
+@pytest.mark.usefixtures("toy")
+def test_stages_of_an_earlier_version_are_computed_again(tmp_path: Path) -> None:
+    """Their keys did not move, but what they say of themselves lacks the place and the labels."""
+    inverter = "'oracle(know=location)'"
+    run(tmp_path, f"needy(inverter={inverter})")
+    store = Store(tmp_path)
+    for stage in [stage for stage in store.stages() if stage.kind in ("trial", "invert")]:
+        out = tmp_path / f"old-{stage.kind}"
+        shutil.copytree(store.open(stage), out)
+        meta = artefacts.read_meta(out)
+        old = {name: meta[name] for name in meta if name not in ("location", "labels", "modules", "detected")}
+        (out / artefacts.META).chmod(0o600)
+        (out / artefacts.META).write_text(json.dumps(old))
+        store.forget(stage.key)
+        store.commit(stage, out)
+    store.close()
+    row = run(tmp_path, f"nc(inverter={inverter})")[0]
+    assert (row.state, row.reason) == ("ok", "")
 
 
 @pytest.mark.usefixtures("toy")

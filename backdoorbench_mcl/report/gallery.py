@@ -194,7 +194,7 @@ def read_trigger(folder: Path, title: str) -> Found:
     """
     meta = artefacts.read_meta(folder)
     tensors = load_file(folder / "trigger.safetensors")
-    labels = meta["labels"]
+    labels = meta.get("labels", [])
     if any(name.startswith(f"{label}/") for label in labels for name in tensors):
         title = f"{title}, label {labels[0]}"
         tensors = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{labels[0]}/")}

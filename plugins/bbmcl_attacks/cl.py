@@ -176,6 +176,10 @@ class CL(Attack):
         hard = Images(state.tensors["x"], y.cpu())
         return Poisoned(index, stamp_chosen(self, hard, torch.arange(len(index)), state, rng), y)
 
+    def lasting(self, state: State) -> State:
+        """The numbers alone: the images and their indices are for `poison`, the patch needs neither."""
+        return State(meta=state.meta)
+
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
         """The patch over x, uint8 (B, C, H, W), in a copy: no perturbation at test time."""
         for patch, top, left in spots((x.shape[-2], x.shape[-1]), self.place, self.corners):
