@@ -316,15 +316,15 @@ def test_a_plain_mcldef_is_the_stage_that_it_needs(monkeypatch: pytest.MonkeyPat
 
 def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path) -> None:
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    true = "inverter='oracle(know=trigger)'"
+    true, place = (f"inverter='oracle(know={know})'" for know in ("trigger", "location"))
     chosen = [f"nc({true})"]
-    chosen += [f"mcldef+(target=detect,{true},detector={flags})" for flags in ("'oracle(flags=(1,0))'", "oracle")]
+    chosen += [f"mcldef+(target=detect,{place},detector={flags})" for flags in ("'oracle(flags=(1,0))'", "oracle")]
     steps = ("train.steps=200", "defend.steps=20")
     asked = small.options("badnets(target=1,rate=0.2)", ",".join(chosen), overrides=steps)
     rows = runner.run_matrix(asked, Settings(runs=tmp_path, workers=1, threads=1), live=False)
     assert [(row.state, row.reason) for row in rows] == [("ok", "")] * 4
     before, nc, flagged, clean = rows
-    assert [row.knows for row in rows[1:]] == [("target", "trigger"), ("trigger",), ("trigger",)]
+    assert [row.knows for row in rows[1:]] == [("target", "trigger"), ("location",), ("location",)]
     assert [row.uses_labels for row in rows[1:]] == [True, False, False]
     assert (clean.asr, clean.ba) == (before.asr, before.ba)
     assert flagged.ba != before.ba
