@@ -5,6 +5,8 @@ well with `random` as with the inverter that it imitates gains nothing from the 
 MCLDef are equal: its loss is ln 2 and its gradient 0, so that only weight decay and batch norm move the model.
 Differs: `random` puts the pixels of the fitted mask at random places, so that not only its L1 but every value of it is
 the same; its pattern is uniform noise.
+Should reach: mcldef(inverter=true) ASR 0.66, BA without the target class 83.24 on CIFAR-10, BadNets, WRN-16-1, 5 %
+clean images (spec 11, Table 2); `random` and `zero` must do worse than the inverter that they stand beside.
 """
 
 from __future__ import annotations
