@@ -15,9 +15,10 @@ import numpy.typing as npt
 from .errors import PluginError
 from .rows import Row
 
-EVALUATOR_VERSION = 1
+EVALUATOR_VERSION = 2
 GATE_OK = 95.0  # ASR of the undefended victim, in %: from here on the attack counts as planted
 GATE_WEAK = 90.0  # below: defenses are not run; between the two: flagged and not ranked (design 3.7)
+GATE_EXCESS = 50.0  # points by which ASR must exceed FTR, or the victim says the target whatever it is shown
 FTR_MARGIN = 1.0  # points by which a repair may raise FTR and still call it a floor (spec 12.2: the margin for ASR)
 ROBUST = 40.0  # accuracy under PGD-10, in %, from which on a surrogate is called robust (spec 4.4)
 ERASED = 0.1  # of the target-class accuracy before: below, a defense has deleted the class (spec 6.5)
@@ -88,14 +89,17 @@ def der(
     return (max(0.0, asr_before - asr_after) - max(0.0, ba_before - ba_after) + 100.0) / 2.0
 
 
-def gate(asr: float | None, ba: float | None = None) -> Gate:
+def gate(asr: float | None, ba: float | None = None, ftr: float | None = None) -> Gate:
     """Whether the attack was planted, from the ASR in % of the undefended victim; "" where there is no ASR.
 
     ba: of an all-to-all attack, the share of images that can reach their goal at all (a victim that does not know an
     image does not know its goal either): ASR counts as a share of it. Example: `gate(82.0, 83.0)` is "ok".
+    ftr: of the same victim; one that calls most clean images the target, too, was not taught a trigger.
     """
     if asr is None:
         return ""
+    if ftr is not None and asr - ftr < GATE_EXCESS:
+        return "weak"
     if ba is not None:
         asr = min(100.0, 100.0 * asr / ba) if ba > 0 else 0.0
     if asr >= GATE_OK:

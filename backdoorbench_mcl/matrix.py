@@ -343,7 +343,7 @@ class Matrix:
 
     def _gate(self, cell: Cell, before: Mapping[str, Any]) -> evaluate.Gate:
         """Whether the attack was planted. All-to-all can only reach the goal of an image that the victim would know."""
-        return evaluate.gate(before["asr"], before["ba"] if cell.row.target is None else None)
+        return evaluate.gate(before["asr"], before["ba"] if cell.row.target is None else None, before["ftr"])
 
     def _undefended(self, cell: Cell, before: Mapping[str, Any]) -> Cell:
         """The cell with what is known of its victim."""

@@ -143,6 +143,14 @@ def test_all_to_all_is_gated_by_what_the_victim_can_reach(asr: float, ba: float,
     assert gate(asr, ba) == expected
 
 
+@pytest.mark.parametrize(
+    ("asr", "ftr", "expected"), [(92.9, 92.9, "weak"), (100.0, 51.0, "weak"), (100.0, 50.0, "ok"), (99.0, 3.0, "ok")]
+)
+def test_a_victim_that_says_the_target_anyway_has_no_backdoor(asr: float, ftr: float, expected: str) -> None:
+    """Seen on 160 steps of a ResNet-18: ASR 92.89, FTR 92.89, BA 14, and the gate let it pass."""
+    assert gate(asr, ftr=ftr) == expected
+
+
 def row(asr: tuple[int, int] | None, ftr: tuple[int, int] | None) -> Row:
     (a, an), (f, fn) = asr or (0, 0), ftr or (0, 0)
     return Row(
