@@ -40,6 +40,9 @@ def test_poison_laid_over_images_trains_like_poison_written_into_them() -> None:
     assert torch.equal(images.y, y)
     assert torch.equal(clean.x, before)  # pages of a map that is written to would become memory
     assert images.x.data_ptr() == clean.x.data_ptr()
+    moved = images.to("cpu")  # never without what is laid over: it would train a clean victim
+    assert torch.equal(moved.x, x)
+    assert torch.equal(moved.y, y)
 
 
 class Corner(Attack):
