@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,28 @@ from torch import Tensor
 
 from . import api, kit
 from .errors import Diverged, PluginError
-from .job import Job, attack_state, label_key, require_finite
+from .job import Job, Tick, attack_state, label_key, require_finite
 
 
-def _context(job: Job, name: str, label: int | None = None) -> api.InverterContext:
+@dataclass
+class _Steps:
+    """Passes ticks on and keeps the last: how far a search went is seen here, and not reported by the method."""
+
+    tick: Tick
+    done: int | None = None
+    total: int | None = None
+
+    def __call__(self, done: int, total: int, images: int) -> None:
+        self.done, self.total = done, total
+        self.tick(done, total, images)
+
+    def meta(self) -> dict[str, Any]:
+        """steps: of the search; stopped_early: it had more left. Both None where there was no search."""
+        early = None if self.done is None or self.total is None else self.done < self.total
+        return {"steps": self.done, "stopped_early": early}
+
+
+def _context(job: Job, name: str, tick: Tick, label: int | None = None) -> api.InverterContext:
     """What an inverter is handed; label: the one at hand of those that a verdict flagged, with snapshots of its own."""
     # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
     recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
@@ -23,7 +42,7 @@ def _context(job: Job, name: str, label: int | None = None) -> api.InverterConte
         state, attack = attack_state(job), job.spec["attack"]
         granted["trigger"] = api.TrueTrigger(attack["target"], attack["params"], state.tensors, state.meta)
     return api.InverterContext(
-        **job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"),
+        **{**job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"), "tick": tick},
         clean=job.clean(),
         needs={name: found if label is None else found[label] for name, found in job.needs().items()},
         granted=api.Granted(name, granted),
@@ -33,7 +52,7 @@ def _context(job: Job, name: str, label: int | None = None) -> api.InverterConte
 def verdict(job: Job) -> None:
     """What a detector says of the victim. meta: flagged labels, anomaly index and norm of every label."""
     inverter = cast(api.Inverter, job.method("inverter"))
-    found = inverter.detect(job.victim(), _context(job, inverter.name))
+    found = inverter.detect(job.victim(), _context(job, inverter.name, job.tick))
     if not isinstance(found, api.Verdict) or len(found.index) != job.spec["data"]["classes"]:
         raise PluginError(f"{inverter.name}: detect() must return a Verdict with an index for each label")
     if not all(math.isfinite(value) for value in (*found.index, *found.norms)):
@@ -43,27 +62,30 @@ def verdict(job: Job) -> None:
 
 def invert(job: Job) -> None:
     """An inverted trigger, or one for each label that a verdict flagged. out: trigger, its tensors' names under the
-    label in the second case; meta: its class and how good it is, measured here and not by the method.
+    label in the second case; meta: its class, how good it is and how long its search was, measured here.
     """
     inverter, victim = cast(api.Inverter, job.method("inverter")), job.victim()
     tensors: dict[str, Tensor] = {}
     quality: list[dict[str, Any]] = []
     where = "backdoorbench_mcl.api:Trigger"  # of no label at all
     for label in job.spec["labels"]:
-        context = _context(job, inverter.name, int(label) if job.spec["detected"] else None)
+        steps = _Steps(job.tick)
+        context = _context(job, inverter.name, steps, int(label) if job.spec["detected"] else None)
         trigger = inverter.invert(kit.frozen(victim), int(label), context)
         if not isinstance(trigger, api.Trigger):
             raise PluginError(f"{inverter.name}: invert() returned {type(trigger).__name__}, expected a Trigger")
         own = trigger.tensors()
         require_finite(own)
-        quality.append(_quality(victim, trigger, int(label), context.clean, job.rng("stamp"), own.get("mask")))
+        judged = _quality(victim, trigger, int(label), context.clean, job.rng("stamp"), own.get("mask"))
+        quality.append({**judged, **steps.meta()})
         tensors.update({label_key(label, name) if job.spec["detected"] else name: own[name] for name in own})
         found = f"{type(trigger).__module__}:{type(trigger).__qualname__}"
         if quality[1:] and found != where:
             raise PluginError(f"{inverter.name}: invert() returned triggers of two classes, {where} and {found}")
         where = found
     job.save("trigger", tensors)
-    first = quality[0] if quality else {"success": None, "success_k": 0, "success_n": 0, "l1": None}
+    nothing = {"success": None, "success_k": 0, "success_n": 0, "l1": None, "steps": None, "stopped_early": None}
+    first = quality[0] if quality else nothing
     modules = [where, *([job.spec["attack"]["target"]] if "attack" in job.spec else [])]
     modules += [module for need in job.spec.get("needs", {}).values() for module in need["modules"]]
     about = {field: job.spec[field] for field in ("labels", "detected")}

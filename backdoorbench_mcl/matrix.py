@@ -31,6 +31,7 @@ from .workdir import WorkFolder
 WEAK = "weak attack"
 READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("labels", "modules", "detected")}
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
+_QUALITY = ("success", "l1", "steps", "stopped_early")  # of an inversion; the last two are younger than stored ones
 TYPED = ("dataset", "model", "attack", "defense", "inverter", "preset", "budget")  # may differ at equal keys
 POLL = 1.0  # seconds between two looks at what other drivers have stored
 Observer = Callable[[Row], object]
@@ -404,7 +405,7 @@ class Matrix:
             wanted = stage.kind == "verdict" or stage.key == cell.trigger
             meta = self._meta(stage.key) if wanted else {}
             if meta and stage.kind == "invert":
-                extra.update(inverter_success=meta["success"], inverter_l1=meta["l1"])
+                extra.update({f"inverter_{name}": meta.get(name) for name in _QUALITY})
             elif meta:
                 named = ", ".join(map(str, meta["flagged"]))
                 extra["verdict"] = f"flagged {named}" if named else "clean"

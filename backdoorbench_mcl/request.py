@@ -18,6 +18,7 @@ from .plugins import Kind, Offer
 from .registry import Described, Registry, Wanted
 
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
+ORACLES = frozenset({"trigger", "location"})  # what a method knows that `all` leaves out
 BEFORE = "before"  # the label of the undefended victim
 Precision = Literal["fp32", "bf16"]
 Needed = Mapping[tuple[str, str], Described]  # (kind of method, text) -> the method behind a need
@@ -104,21 +105,27 @@ def resolve_precision(text: str, device: str) -> Precision:
     return "bf16" if text == "bf16" else "fp32"
 
 
-def _expand(registry: Registry, kind: Kind, text: str) -> list[Selection]:
-    """The selections of a list; `all`: every method that is no control and knows neither trigger nor location."""
+def _expand(registry: Registry, kind: Kind, text: str) -> tuple[list[Selection], frozenset[str]]:
+    """The selections of a list, and the labels of those that nobody typed.
+
+    `all`: every method that is no control and knows neither trigger nor location.
+    """
     out: list[Selection] = []
+    typed: set[str] = set()
     for part in params.split(text):
         if part == "all":
             for offer in registry.plugins.of(kind):
-                if offer.entry.name != CONTROL and not {"trigger", "location"} & set(offer.entry.may_know):
+                if offer.entry.name != CONTROL and not ORACLES & set(offer.entry.may_know):
                     out.append(Selection(offer.entry.name, offer.entry.name))
         elif part:
-            out.extend(params.selections(part))
+            chosen = params.selections(part)
+            typed |= {selection.label for selection in chosen}
+            out.extend(chosen)
     labels = [selection.label for selection in out]
     unique = [s for i, s in enumerate(out) if s.label not in labels[:i]]
     if not unique:
         raise UserError(f"--{kind}s {text!r}: expected at least one {kind}; see: bbmcl plugins")
-    return unique
+    return unique, frozenset(labels) - typed
 
 
 class _Settings:
@@ -238,8 +245,8 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     overrides = params.overrides(list(options.overrides))
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    attacks = _expand(registry, "attack", options.attacks)
-    defenses = _expand(registry, "defense", options.defenses)
+    attacks, _ = _expand(registry, "attack", options.attacks)
+    defenses, untyped = _expand(registry, "defense", options.defenses)
     for selection in defenses:
         if selection.name == BEFORE:
             raise UserError(f"--defenses {BEFORE!r}: the undefended victim is always part of the table; leave it out")
@@ -274,6 +281,10 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     found_defenses = [replace(d, told=tuple(sorted(_told(d, needed)))) for d in found_defenses]
     for selection, defense in zip(defenses, found_defenses, strict=True):
         _check_declarations(defense, registry.find("defense", selection.name))
+    # an Entry declares what a method itself may know, not what reaches it by way of, say, its inverter
+    found_defenses = [d for d in found_defenses if not (d.label in untyped and ORACLES & set(d.told))]
+    if not found_defenses:
+        raise UserError(f"--defenses {options.defenses!r}: every method is told the trigger or its location; name them")
 
     data = prepare(dataset, options.data_root, cells.key({"dataset": dataset.identity}))
     for attack in found_attacks:

@@ -65,6 +65,8 @@ class Row:
     inverter: str | None = None
     inverter_success: float | None = None  # % of the clean images that the victim calls otherwise
     inverter_l1: float | None = None
+    inverter_steps: int | None = None  # of its search
+    inverter_stopped_early: bool | None = None  # the search had steps left
     verdict: str = ""  # of the detector that named the label to defend: "clean" or "flagged 5, 2"
     surrogate: str = ""  # the clean models that the attack relied on, and how robust they are
     clean_n: int | None = None  # clean images used

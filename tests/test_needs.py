@@ -68,6 +68,31 @@ def test_an_inverter_is_told_the_place_or_the_trigger_and_the_row_says_so(runs: 
 
 
 @pytest.mark.usefixtures("toy")
+def test_all_leaves_out_what_is_told_the_trigger_by_way_of_its_inverter() -> None:
+    """Its entry cannot say so: it declares what the method itself may know."""
+    oracle = ("needy.inverter=oracle(know=trigger)",)
+
+    def labels(defenses: str, overrides: tuple[str, ...] = ()) -> list[str]:
+        return [
+            d.label for d in small.resolve(small.options("badnets(target=1)", defenses, overrides=overrides)).defenses
+        ]
+
+    everyone = labels("all")
+    assert "needy" in everyone
+    assert labels("all", oracle) == [label for label in everyone if label != "needy"]
+    assert sorted(labels("all,needy", oracle)) == sorted(everyone)  # typed is typed
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_row_says_how_long_the_search_for_its_trigger_was(runs: Path) -> None:
+    """A mask that cannot shrink (lr 1e-9) ends nc-box's patience after its third pass."""
+    inverters = ["nc-box(steps=7)", "nc-box(lr=1e-9,steps=500,patience=1,batch=1000)", "zero"]
+    rows = run(runs, ",".join(f"needy(inverter='{inverter}')" for inverter in inverters))
+    assert [row.inverter_steps for row in rows] == [7, 3, None]
+    assert [row.inverter_stopped_early for row in rows] == [False, True, None]
+
+
+@pytest.mark.usefixtures("toy")
 def test_no_place_is_told_of_a_trigger_that_is_no_patch(tmp_path: Path) -> None:
     place = "needy(inverter='oracle(know=location)')"
     row = run(tmp_path, place, "blend(target=1,rate=0.2,alpha=0.9)")[0]
