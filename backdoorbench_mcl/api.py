@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # the field's term; tuple.index is of no use here
 
 
+def joins(images: int, size: int) -> bool:
+    """Whether batches of `size` leave a single image over, and others before it."""
+    return images > size > 1 and images % size == 1
+
+
 class Images:
     """Labelled images. x: uint8 (N, C, H, W); y: int64 (N,), all -1 where labels were not granted.
 
@@ -66,16 +71,21 @@ class Images:
         """The same images on `device`."""
         return Images(self.x.to(device), self.y.to(device))
 
-    def batches(self, size: int, rng: torch.Generator | None = None, augment: Augment | None = None) -> Iterator[Batch]:
+    def batches(
+        self, size: int, rng: torch.Generator | None = None, augment: Augment | None = None, *, lone: bool = True
+    ) -> Iterator[Batch]:
         """One pass in batches of `size`, the last one shorter: in random order with `rng`, else in storage order.
 
         `augment(x_u8, rng) -> x_u8` sees uint8 batches and needs `rng`. An epoch is an index permutation; the
-        images stay where they are.
+        images stay where they are. lone=False: a last batch of a single image joins the one before it.
         """
         if augment is not None and rng is None:
             raise ValueError("augmentation needs rng")
         order = torch.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng)
-        for index in order.split(size):
+        parts = list(order.split(size))
+        if not lone and joins(len(self), size):
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for index in parts:
             x, y = self.take(index)  # (B, C, H, W) uint8, (B,)
             if augment is not None and rng is not None:
                 x = augment(x, rng)
@@ -240,8 +250,12 @@ class Recipe(Method):
         self.pgd_steps = pgd_steps
 
     def total(self, images: int) -> int:
-        """SGD steps on `images` images, the last partial batch of an epoch kept."""
-        return self.steps if self.steps is not None else self.epochs * -(-images // self.batch)
+        """SGD steps on `images` images, the last partial batch of an epoch kept unless it is a single image."""
+        return (
+            self.steps
+            if self.steps is not None
+            else self.epochs * (-(-images // self.batch) - joins(images, self.batch))
+        )
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0 .. total-1; a milestone m takes effect at step round(m * total)."""
@@ -367,9 +381,14 @@ class Goal(NamedTuple):
 
 
 class Attack(Method):
-    """Poisons training data and stamps test images. `target` is the one target label, None for all-to-all."""
+    """Poisons training data and stamps test images. `target` is the one target label, None for all-to-all.
+
+    control: parameters that take away what is special about the attack; tables tell the ASR that is left beside its
+    own. Example: `{"eps": 0.0}` of `cl`, whose images are then not perturbed.
+    """
 
     target: int | None = None
+    control: ClassVar[Mapping[str, Any]] = {}
 
     def needs(self) -> Mapping[str, Need]:
         """Surrogate models to train first, by the name under which `ctx.needs` gives them; none by default."""

@@ -75,7 +75,8 @@ def describe(request: Mapping[str, Any]) -> dict[str, Any]:
         "repr": repr(method),
     }
     if isinstance(method, api.Attack):
-        out["attack"] = {"target": method.target}
+        control = {k: v for k, v in jsonable(dict(method.control)).items() if params[k] != v}
+        out["attack"] = {"target": method.target, "control": control}
     elif isinstance(method, api.Dataset):
         out["dataset"] = {"budget": method.budget, "toy": method.toy}
     if isinstance(method, (api.Attack, api.Inverter, api.Defense)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,18 +14,34 @@ from . import api, kit
 from .errors import Diverged, PluginError
 from .job import Job, Tick, attack_state, label_key, require_finite
 
+_TICK = "harness.tick"  # in the meta of an inverter's snapshot
+
 
 @dataclass
-class _Steps:
-    """Passes ticks on and keeps the last: how far a search went is seen here, and not reported by the method."""
+class _Search:
+    """Passes ticks and snapshots on and keeps the last tick: how far a search went is seen here, and not reported by
+    the method. A snapshot keeps it too, so that a search that had ended when it was killed says the same again.
+    """
 
-    tick: Tick
+    forward: Tick
+    snapshot: api.Snapshot
     done: int | None = None
     total: int | None = None
 
-    def __call__(self, done: int, total: int, images: int) -> None:
+    def tick(self, done: int, total: int, images: int) -> None:
         self.done, self.total = done, total
-        self.tick(done, total, images)
+        self.forward(done, total, images)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        found = self.snapshot.load()
+        if found is None:
+            return None
+        tensors, meta = found
+        self.done, self.total = meta.pop(_TICK, (None, None))
+        return tensors, meta
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        self.snapshot.save(tensors, {**meta, _TICK: [self.done, self.total]})
 
     def meta(self) -> dict[str, Any]:
         """steps: of the search; stopped_early: it had more left. Both None where there was no search."""
@@ -32,7 +49,7 @@ class _Steps:
         return {"steps": self.done, "stopped_early": early}
 
 
-def _context(job: Job, name: str, tick: Tick, label: int | None = None) -> api.InverterContext:
+def _context(job: Job, name: str, label: int | None = None) -> api.InverterContext:
     """What an inverter is handed; label: the one at hand of those that a verdict flagged, with snapshots of its own."""
     # of the common recipe only the augmentation is in an inversion's key, so no more of it is handed over
     recipe = api.Recipe(augment=cast(api.Recipe, job.method("recipe")).augment)
@@ -42,7 +59,7 @@ def _context(job: Job, name: str, tick: Tick, label: int | None = None) -> api.I
         state, attack = attack_state(job), job.spec["attack"]
         granted["trigger"] = api.TrueTrigger(attack["target"], attack["params"], state.tensors, state.meta)
     return api.InverterContext(
-        **{**job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"), "tick": tick},
+        **job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"),
         clean=job.clean(),
         needs={name: found if label is None else found[label] for name, found in job.needs().items()},
         granted=api.Granted(name, granted),
@@ -52,7 +69,7 @@ def _context(job: Job, name: str, tick: Tick, label: int | None = None) -> api.I
 def verdict(job: Job) -> None:
     """What a detector says of the victim. meta: flagged labels, anomaly index and norm of every label."""
     inverter = cast(api.Inverter, job.method("inverter"))
-    found = inverter.detect(job.victim(), _context(job, inverter.name, job.tick))
+    found = inverter.detect(job.victim(), _context(job, inverter.name))
     if not isinstance(found, api.Verdict) or len(found.index) != job.spec["data"]["classes"]:
         raise PluginError(f"{inverter.name}: detect() must return a Verdict with an index for each label")
     if not all(math.isfinite(value) for value in (*found.index, *found.norms)):
@@ -69,23 +86,24 @@ def invert(job: Job) -> None:
     quality: list[dict[str, Any]] = []
     where = "backdoorbench_mcl.api:Trigger"  # of no label at all
     for label in job.spec["labels"]:
-        steps = _Steps(job.tick)
-        context = _context(job, inverter.name, steps, int(label) if job.spec["detected"] else None)
-        trigger = inverter.invert(kit.frozen(victim), int(label), context)
+        context = _context(job, inverter.name, int(label) if job.spec["detected"] else None)
+        search = _Search(context.tick, context.snapshot)
+        watched = replace(context, tick=search.tick, snapshot=search)
+        trigger = inverter.invert(kit.frozen(victim), int(label), watched)
         if not isinstance(trigger, api.Trigger):
             raise PluginError(f"{inverter.name}: invert() returned {type(trigger).__name__}, expected a Trigger")
         own = trigger.tensors()
         require_finite(own)
         judged = _quality(victim, trigger, int(label), context.clean, job.rng("stamp"), own.get("mask"))
-        quality.append({**judged, **steps.meta()})
+        quality.append({**judged, **search.meta()})
         tensors.update({label_key(label, name) if job.spec["detected"] else name: own[name] for name in own})
         found = f"{type(trigger).__module__}:{type(trigger).__qualname__}"
         if quality[1:] and found != where:
             raise PluginError(f"{inverter.name}: invert() returned triggers of two classes, {where} and {found}")
         where = found
     job.save("trigger", tensors)
-    nothing = {"success": None, "success_k": 0, "success_n": 0, "l1": None, "steps": None, "stopped_early": None}
-    first = quality[0] if quality else nothing
+    unknown = dict.fromkeys(("success", "l1", "pixels_changed", "steps", "stopped_early"))
+    first = quality[0] if quality else {**unknown, "success_k": 0, "success_n": 0}
     modules = [where, *([job.spec["attack"]["target"]] if "attack" in job.spec else [])]
     modules += [module for need in job.spec.get("needs", {}).values() for module in need["modules"]]
     about = {field: job.spec[field] for field in ("labels", "detected")}

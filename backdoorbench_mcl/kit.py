@@ -152,7 +152,8 @@ def fit(
 
     `loss(batch)` returns a scalar; the batch is on the device of `images`, which the caller has moved to ctx.device.
     The caller sets train or eval mode. Parameters that get no gradient (frozen, or unused by the loss) are left
-    alone: no momentum, no weight decay. The last, shorter batch of an epoch is used (spec 4.9).
+    alone: no momentum, no weight decay. The last, shorter batch of an epoch is used (spec 4.9); a single image left
+    over joins the batch before it, because batch norm refuses it where its map is a single pixel.
 
     At the end of each epoch everything that the next epoch depends on goes to ctx.snapshot; a training that finds
     its own snapshot, started from the same weights, generators, recipe and number of images, continues from it with
@@ -181,7 +182,7 @@ def fit(
         ctx.log(f"resumed at step {step} of {total}")
     while step < total:
         summed = torch.zeros((), device=images.x.device)
-        for batch in images.batches(recipe.batch, ctx.rng, ctx.augment):
+        for batch in images.batches(recipe.batch, ctx.rng, ctx.augment, lone=False):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, total)
             optimiser.zero_grad(set_to_none=True)
@@ -265,4 +266,4 @@ def frozen(model: Classifier) -> Classifier:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-__all__ = ["augmentation", "choose", "fit", "frozen", "pgd", "predict"]
+__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "pgd", "predict"]

@@ -31,7 +31,7 @@ from .workdir import WorkFolder
 WEAK = "weak attack"
 READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("labels", "modules", "detected")}
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
-_QUALITY = ("success", "l1", "steps", "stopped_early")  # of an inversion; the last two are younger than stored ones
+_QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
 TYPED = ("dataset", "model", "attack", "defense", "inverter", "preset", "budget")  # may differ at equal keys
 POLL = 1.0  # seconds between two looks at what other drivers have stored
 Observer = Callable[[Row], object]

@@ -267,6 +267,9 @@ class Builder:
             "dataset": dict(request.dataset.identity),
             "train": dict(request.train.params),
         }
+        if attack.attack_control:
+            made = {**attack.identity["params"], **attack.attack_control}
+            resolved["control"] = {"attack": {**attack.identity, "params": made}, "set": dict(attack.attack_control)}
         inverter = None
         for method in [attack] if defense is None else [attack, defense]:
             for other in self.methods_behind(method):

@@ -67,6 +67,7 @@ class Described:
     detects: bool = False
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attack_target: int | None = None
+    attack_control: Mapping[str, Any] = field(default_factory=dict)  # the parameters that would make it its control
     budget: str = "full"
     toy: bool = False
 
@@ -215,6 +216,7 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         needs=ok.get("needs", {}),
         detects=ok.get("detects", False),
         attack_target=ok.get("attack", {}).get("target"),
+        attack_control=ok.get("attack", {}).get("control", {}),
         budget=dataset.get("budget", "full"),
         toy=dataset.get("toy", False),
     )

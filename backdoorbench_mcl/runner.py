@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from . import artefacts, cells, confine, datacache, params, plan, plugins, provenance, request
+from . import artefacts, cells, confine, datacache, params, plan, plugins, presets, provenance, request
 from .engines.local import Finished, Isolation, Local
 from .errors import UserError
 from .grant import Grants
@@ -23,6 +23,11 @@ from .request import Options
 from .rows import Row
 from .store import Store
 
+LARGE = 64  # pixels: from here on the constants for 32x32 fit images badly (spec 4.1, 5.1)
+_FOREIGN = (
+    "note: images of {height}x{width}, and no preset has a table for {name}: sizes and weights of triggers are those "
+    "of 32x32 (at 224x224: badnets.size=32, nc-box.lam=0.001)"
+)
 MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what several trainings run out of
 
 
@@ -141,8 +146,12 @@ def registry(say: Callable[[str], None] = lambda line: None) -> Registry:
 
 def summary(asked: request.Request, using: Resources) -> list[str]:
     """What `all` stood for and every default that decides numbers: printed before a run."""
+    height, width = asked.data.shape[1:]
+    name = params.selection(asked.dataset.label).name
+    foreign = min(height, width) >= LARGE and name not in presets.known(asked.preset)  # type: ignore[arg-type]
     return [
         f"data set {asked.dataset.label} ({asked.data.note}), model {asked.model.label}",
+        *([_FOREIGN.format(height=height, width=width, name=name)] if foreign else []),
         f"attacks {', '.join(a.label for a in asked.attacks)}; defenses {', '.join(d.label for d in asked.defenses)}",
         f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
         f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"

@@ -12,6 +12,7 @@ from tiny import Bench, Memory, Tiny, generator, images, one_thread
 from torch import Tensor
 
 from backdoorbench_mcl.api import Attack, AttackContext, Classifier, Images, Need, State, UserError
+from backdoorbench_mcl.describe import describe
 from bbmcl_attacks import cl
 from bbmcl_attacks.cl import CL, distances, perturb, spots
 
@@ -162,6 +163,12 @@ def test_the_surrogate_is_declared_and_needed() -> None:
     assert CL(surrogate="natural").needs() == {"surrogate": Need("model", "natural")}
     with pytest.raises(UserError, match="cl: needs a clean model as its surrogate"):
         CL(**QUICK).prepare(Bench().attack(images(100)))
+
+
+def test_its_control_is_the_same_attack_without_perturbation() -> None:
+    asked = {"target": "bbmcl_attacks.cl:CL", "kind": "attack", "suffix": ""}
+    told = [describe({**asked, "params": params})["attack"] for params in ({}, {"eps": 0.0})]
+    assert told == [{"target": 5, "control": {"eps": 0.0}}, {"target": 5, "control": {}}]
 
 
 def test_images_that_hardly_moved_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import small
 from conftest import Bbmcl, Reference
 from PIL import Image
 
-from backdoorbench_mcl import __version__, cli, describe
+from backdoorbench_mcl import __version__, cli, describe, plugins
 from backdoorbench_mcl.registry import Registry
 from backdoorbench_mcl.report import FORMATS
 from backdoorbench_mcl.store import Store
@@ -325,6 +326,23 @@ def test_show_prints_parameters_with_bounds_and_defaults(call: Call) -> None:
     assert "bn_refresh boolean, default False" in lines
     assert any("2205.04411" in line for line in lines)
     assert "may be told: target" in lines
+
+
+def test_show_prints_the_bounds_of_lists(call: Call) -> None:
+    lines = [" ".join(line.split()) for line in call("show", "nad").out.splitlines()]
+    assert "betas 3 x number >= 0, default [500.0, 1000.0, 1000.0]" in lines
+    lines = [" ".join(line.split()) for line in call("show", "mesa").out.splitlines()]
+    assert any(line.startswith("betas list of number > 0") for line in lines)
+
+
+def test_every_shipped_method_has_its_card() -> None:
+    """Paper, what differs here, the number that it should reach (design, rule 11)."""
+    shipped = [offer for offer in plugins.load({}).offers if offer.plugin.dist == "backdoorbench-mcl"]
+    assert len(shipped) >= 30
+    for offer in shipped:
+        card = importlib.import_module(offer.entry.target.partition(":")[0]).__doc__ or ""
+        for part in ("Paper: ", "Differs: ", "Should reach"):
+            assert part in card, f"{offer.entry.name}: its file does not say {part!r}"
 
 
 def test_data_list_and_check(call: Call, reference: Reference) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def artefacts(runs: Path) -> dict[str, str]:
 
 def by_label(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(row.attack, row.defense): row for row in rows}
+
+
+def test_large_images_without_a_table_of_their_own_are_pointed_out() -> None:
+    asked, using = small.resolve(small.options()), runner.Resources(1, 1, "process")
+    large = replace(asked, data=replace(asked.data, shape=(3, 96, 128)))
+    told = [line for line in runner.summary(large, using) if line.startswith("note: ")]
+    assert len(told) == 1
+    assert "images of 96x128, and no preset has a table for tiny" in told[0]
+    named = replace(large, dataset=replace(asked.dataset, label="imagenet20(size=96)"), preset="authors")
+    for other in (asked, named):  # 8x8; a data set that has its table
+        assert not any("note: " in line for line in runner.summary(other, using))
 
 
 def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:

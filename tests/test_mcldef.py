@@ -345,6 +345,14 @@ def test_refresh_is_the_average_over_equal_parts() -> None:
     assert not model.training
 
 
+def test_refresh_takes_fewer_large_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    model = Tiny()
+    monkeypatch.setattr(model, "embed", lambda x: sizes.append(len(x)))
+    refresh_batchnorm(model, images(130, size=96))
+    assert sizes == [44, 43, 43]
+
+
 def test_settings_reach_the_training_and_the_log_has_diagnostics() -> None:
     bench = Bench()
     MCLDef(steps=6, lr=0.01).defend(Tiny(), bench.defense(images(), patch(), target=1))

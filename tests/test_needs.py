@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import small
 import torch
+from helpers import MemorySnapshot, make_context
 from safetensors.numpy import load_file
+from tiny import Tiny, images
 
 from backdoorbench_mcl import artefacts, plan, runner
-from backdoorbench_mcl.api import Inverter, Need
+from backdoorbench_mcl.api import Inverter, InverterContext, Need
 from backdoorbench_mcl.describe import _need
 from backdoorbench_mcl.errors import PluginError, UserError
+from backdoorbench_mcl.inversions import _Search
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
 from backdoorbench_mcl.triggers import MaskPattern, TrueTrigger, Verdict
 from bbmcl_attacks.badnets import BadNets, corner_patch
+from bbmcl_inverters.nc_box import NCBox
 
 STEPS = ("train.steps=200", "defend.steps=5")
 NATURAL, ROBUST = (*STEPS, "natural.steps=20"), (*STEPS, "robust.steps=20", "robust.pgd_steps=1")
@@ -90,6 +94,21 @@ def test_a_row_says_how_long_the_search_for_its_trigger_was(runs: Path) -> None:
     rows = run(runs, ",".join(f"needy(inverter='{inverter}')" for inverter in inverters))
     assert [row.inverter_steps for row in rows] == [7, 3, None]
     assert [row.inverter_stopped_early for row in rows] == [False, True, None]
+
+
+def test_a_search_that_had_ended_when_it_was_killed_says_the_same_again(tmp_path: Path) -> None:
+    snapshot = MemorySnapshot()
+
+    def searched() -> dict[str, Any]:
+        search = _Search(lambda done, total, images: None, snapshot)
+        context = make_context(tmp_path, kind=InverterContext, clean=images(40), tick=search.tick, snapshot=search)
+        NCBox(lr=1e-9, steps=500, patience=1, batch=40).invert(Tiny(), 1, context)
+        return search.meta()
+
+    assert searched() == {"steps": 3, "stopped_early": True}
+    saves = snapshot.saves
+    assert searched() == {"steps": 3, "stopped_early": True}
+    assert snapshot.saves == saves  # nothing was left to do
 
 
 @pytest.mark.usefixtures("toy")

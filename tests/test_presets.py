@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import one_thread as one_thread
 
+from backdoorbench_mcl import evaluate, jobs
 from backdoorbench_mcl.api import Method, Recipe
 from backdoorbench_mcl.presets import BUDGETS, PRESETS, settings
 from bbmcl_attacks.badnets import BadNets
@@ -119,12 +120,17 @@ def test_defaults_of_the_classes_are_preset_paper(method: Method, expected: dict
         (NC(), {"inverter": "nc-box", "share": 0.2, "nesterov": False}),  # 5.4
         (NAD(), {"power": 2.0, "betas": (500.0, 1000.0, 1000.0), "teacher_epochs": 10, "schedule": "nad"}),  # 9.2
         (IBAU(), {"rounds": 5, "iterations": 5, "batch": 100, "lr": 1e-3, "radius": 10.0, "clamp": False}),  # 9.3
+        (
+            IBAU(),
+            {"patched_share": 0.01, "delta_lr": 10.0, "delta_optimiser": "sgd", "weight": 1e-3, "inner_step": 0.1},
+        ),
         (MCLDefPlus(), {"inverter": "nc-box", "epochs": 10, "lr": 0.001, "nesterov": False}),  # 7
         (NCFull(), {"lr": 0.1, "steps": 1000, "images_per_step": 1000, "cost": 1e-3, "success": 0.99}),  # 5.2
         (NCFull(), {"patience": 5, "multiplier": 2.0, "early_ratio": 1.0, "early_patience": 25, "outlier": 2.0}),
         (Pixel(), {"lr": 0.1, "cost": 1e-3, "success": 0.9, "patience": 10, "multiplier": 1.5, "epochs": 100}),  # 8.4
         (UAP(), {"lr": 0.01, "weight": 0.02, "epochs": 40}),  # 6.5
         (MESA(), {"alpha": 0.1, "betas": (0.9,), "batch": 128, "lr": 2e-4, "width": 512, "noise": 0.1}),  # 8.3
+        (MESA(), {"epochs": 40}),
     ],
 )
 def test_constants_of_the_specification(method: Method, printed: dict[str, object]) -> None:
@@ -145,6 +151,18 @@ def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
     assert {name: clean[name] for name in set(clean) - set(paper)} == {"cl": {"place": "centre"}}
 
 
+def test_surrogates_are_trained_and_judged_as_the_specification_says() -> None:
+    """Spec 4.2 and 4.4: 5-10 clean epochs; PGD training with eps 8, step 2, 10 inner steps; 40 % under PGD-10."""
+    paper = settings("paper", "full", "cifar10")
+    natural, robust = Recipe(**paper["natural"]), Recipe(**paper["robust"])
+    assert (natural.epochs, natural.pgd_eps) == (10, 0.0)
+    assert (robust.epochs, robust.pgd_eps, robust.pgd_step, robust.pgd_steps) == (15, 8.0, 2.0, 10)
+    assert (jobs.PGD_STEPS, jobs.PGD_EPS, jobs.PGD_STEP) == (10, 8 / 255, 2 / 255)
+    assert evaluate.ROBUST == 40.0
+    for name in ("natural", "robust"):  # as their victims
+        assert settings("paper", "full", "gtsrb")[name]["lr"] == 0.01
+
+
 def test_imagenet_is_attacked_and_repaired_as_printed() -> None:
     paper, authors = settings("paper", "full", "imagenet20"), settings("authors", "full", "imagenet20")
     victim = Recipe(**paper["train"])
@@ -154,6 +172,9 @@ def test_imagenet_is_attacked_and_repaired_as_printed() -> None:
     assert BadNets(**paper["badnets"]).params["size"] == 32
     assert (Trojan(**paper["trojan"]).size, Trojan(**paper["trojan"]).margin) == (32, 12)
     assert NCBox(**paper["nc-box"]).lam == 0.001
+    assert paper["blend"]["alpha"] == 0.2
+    assert paper["nad"] == {"schedule": "shared"}
+    assert paper["defend"]["augment"] == "resized-crop+flip"
     assert authors["badnets"] == {"size": 32, "margin": 11}
     assert authors["resnet18"] == {"stem": "cifar", "feature": "grid"}
     assert authors["blend"]["alpha"] == 0.2

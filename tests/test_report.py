@@ -248,6 +248,22 @@ def test_verdicts_and_surrogates_stand_below_the_grid() -> None:
     assert "Verdicts behind ft" not in text
 
 
+def test_what_is_left_of_an_attack_without_its_perturbation_is_told_where_it_is_there() -> None:
+    attack = {"name": "cl", "version": 1, "params": {"eps": 16.0, "rate": 0.08}}
+    control = {**attack, "params": {"eps": 0.0, "rate": 0.08}}
+    mine = {"attack": attack, "control": {"attack": control, "set": {"eps": 0.0}}}
+    rows = [make("cl", "before", 99.0, params=mine), make("cl", "ft", 9.0, params=mine), make("sig", "ft", 9.0)]
+    assert "Control of cl (eps=0.0): not in this table." in render(rows, "markdown")
+    others = [
+        make("cl(eps=0,rate=0.1)", "before", 55.0, params={"attack": {**control, "params": {"eps": 0.0, "rate": 0.1}}})
+    ]
+    assert "Control of cl (eps=0.0): not in this table." in render([*rows, *others], "markdown")
+    bare = make("cl(eps=0)", "before", 12.5, asr_before=12.5, params={"attack": control})
+    text = render([*rows, *others, bare], "markdown")
+    assert "Control of cl (eps=0.0): ASR 12.50 before defense." in text
+    assert text.count("Control of") == 1
+
+
 def pairs(columns: Sequence[Any], one: Line) -> list[tuple[Any, Cell]]:
     return [(column, cell) for column, cell in zip(columns, one.cells, strict=True) if cell]
 

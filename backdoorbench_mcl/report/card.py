@@ -23,7 +23,8 @@ def _type(field: Mapping[str, Any]) -> str:
     kind = {"null": "none"}.get(str(field.get("type", "any")), str(field.get("type", "any")))
     bounds = "".join(f" {sign} {field[name]}" for name, sign in _BOUNDS.items() if name in field)
     if kind == "array":
-        return f"list of {_type(field.get('items', {}))}"
+        fixed = field.get("prefixItems")  # one entry for each place of a tuple of fixed length
+        return f"{len(fixed)} x {_type(fixed[0])}" if fixed else f"list of {_type(field.get('items', {}))}"
     return kind + bounds
 
 

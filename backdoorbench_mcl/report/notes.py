@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..evaluate import FTR_MARGIN, GATE_OK
+from ..rows import Row
 from .grid import Block, Cell, Column, Line
 
 FLOOR, ERASED, FLAGGED = "≈", "×", "°"
@@ -63,7 +64,7 @@ def legend(block: Block, ranking: str) -> list[str]:
     for item in told:
         mark, meaning = KNOWS.get(item, ("¤", f"was told: {item}"))
         out.append(f"{mark} {meaning}.")
-    out += _surrogates(block) + _verdicts(block)
+    out += _surrogates(block) + _controls(block) + _verdicts(block)
     out.append(_runs(block))
     if any("/" in cell.tag for cell in cells):
         out.append("k/n: k of n runs finished, the numbers are theirs; not ranked where the defense itself failed.")
@@ -82,6 +83,25 @@ def _surrogates(block: Block) -> list[str]:
         if surrogate
     ]
     return [f"Surrogates of the attacks: {'; '.join(told)}."] if told else []
+
+
+def _controls(block: Block) -> list[str]:
+    """What is left of an attack without what is special about it, where a victim of that is in the block too."""
+    out = []
+    for line in block.lines:
+        wanted = next((row.params["control"] for row in _rows(line) if "control" in row.params), None)
+        if wanted is None:
+            continue
+        changed = ", ".join(f"{name}={value}" for name, value in wanted["set"].items())
+        others = [row for other in block.lines for row in _rows(other) if row.params.get("attack") == wanted["attack"]]
+        asr = [row.asr_before for row in others if row.asr_before is not None]
+        told = f"ASR {_range(asr, 2)} before defense" if asr else "not in this table"
+        out.append(f"Control of {line.label} ({changed}): {told}.")
+    return out
+
+
+def _rows(line: Line) -> list[Row]:
+    return [row for cell in line.cells if cell for row in cell.runs]
 
 
 def _verdicts(block: Block) -> list[str]:

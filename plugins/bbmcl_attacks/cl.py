@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -88,6 +89,7 @@ class CL(Attack):
 
     name = "cl"
     paper = "Turner et al., Label-Consistent Backdoor Attacks, 2019, arXiv 1912.02771"
+    control = MappingProxyType({"eps": 0.0})
     target: int
 
     def __init__(
@@ -130,35 +132,35 @@ class CL(Attack):
             meta["top"], meta["left"] = top, left
         if self.eps == 0:
             return State({"index": index}, meta)
-        chosen = ctx.train.subset(index).x.cpu()  # (P, C, H, W)
-        moved = self._perturbed(chosen, ctx)
-        return State({"index": index, "x": moved}, {**meta, **self._moved(chosen, moved)})
+        moved = self._perturbed(ctx.train.subset(index).x.cpu(), ctx)  # (P, C, H, W)
+        return State({"index": index, "x": moved}, {**meta, **self._moved(ctx.train, index, moved)})
 
-    def _perturbed(self, x: Tensor, ctx: AttackContext) -> Tensor:
-        """perturb() in batches, x uint8 (P, C, H, W) -> the same on the CPU; goes on where a killed run stopped."""
+    def _perturbed(self, out: Tensor, ctx: AttackContext) -> Tensor:
+        """perturb() in batches, uint8 (P, C, H, W) on the CPU, in place; goes on where a killed run stopped."""
         model = surrogate_of(self.name, ctx)
-        start = fingerprint(repr(self), x, model)
+        start = fingerprint(repr(self), out, model)
         found = ctx.snapshot.load()
-        done, out = 0, x.clone()
+        done = 0
         mine = found is not None and found[1].get("cl") == start
         if found is not None and mine:
             done = int(found[1]["done"])
             out[:done] = found[0]["x"]
-        while done < len(x):
-            batch = x[done : done + BATCH]
+        while done < len(out):
+            batch = out[done : done + BATCH]
             moved = perturb(model, batch.to(ctx.device), self.target, self.eps, self.step, self.steps)
             out[done : done + len(batch)] = moved.cpu()
             done += len(batch)
-            ctx.tick(done, len(x), len(batch) * self.steps)
+            ctx.tick(done, len(out), len(batch) * self.steps)
             if found is None or mine:  # a training that came further has left its own
                 ctx.snapshot.save({"x": out[:done]}, {"cl": start, "done": done})
         return out
 
-    def _moved(self, x: Tensor, moved: Tensor) -> dict[str, float]:
-        """L-infinity distances in grey levels, for State.meta; raises UserError where they are too small."""
-        if len(x) == 0:
+    def _moved(self, train: Images, index: Tensor, moved: Tensor) -> dict[str, float]:
+        """L-infinity distances in grey levels of the images at `index`, for State.meta; UserError where too small."""
+        if len(moved) == 0:
             return {}
-        far = torch.cat([distances(a, b) for a, b in zip(x.split(BATCH), moved.split(BATCH), strict=True)])
+        parts = zip(index.split(BATCH), moved.split(BATCH), strict=True)
+        far = torch.cat([distances(train.take(chosen)[0].cpu(), after) for chosen, after in parts])
         mean, largest = float(far.float().mean()), int(far.max())
         if self.eps > WEAK and mean <= WEAK:
             raise UserError(

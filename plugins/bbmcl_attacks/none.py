@@ -1,6 +1,6 @@
 """No attack: the victim is a clean model, so that a defense can be charged for what it breaks.
 
-Paper: none. A defense still needs a label to defend, hence `target`.
+Paper: none. Differs: nothing to differ from. A defense still needs a label to defend, hence `target`.
 Should reach: ASR undefined, FTR 1-5 %, the accuracy of ordinary training (spec 1.3 and design 3.4).
 """
 

@@ -17,6 +17,12 @@ Never split by image: frames of one sign would lie on both sides.
 Images are resized as a whole, without a crop to the sign. `colour=bgr` repeats a bug of the authors' code, which
 swaps red and blue but not the constants nor the trigger. Many a mirrored sign is another sign; the paper's defences
 mirror all the same, `flip=false` forbids it.
+
+Paper: J. Stallkamp et al., "The German Traffic Sign Recognition Benchmark: A multi-class classification competition",
+IJCNN 2011; its use is that of the MCLDef paper (arXiv 2205.04411).
+Differs: nothing known for `split=online`; which images the authors really had is deduced from their counts.
+Should reach: 26,640 + 12,569 images of 43 classes; a BadNets victim, WRN-16-1, ASR 100 and BA without the target
+class 97.86 (spec 11, Table 1, `Before`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,12 @@ Found under the data root as an image folder, `train/n01440764/*` and `val/n0144
 `imagenet20/`, `imagenet-20/` or `imagenet/`. A full ImageNet serves too: other classes are not read. Each class has
 1,300 + 50 images, so 26,000 + 1,000. Training images are resized as a whole, aspect not kept; of a test image the
 middle is taken (spec 2.4). Random crops are the recipe's (`train.augment`), drawn from what is stored here.
+
+Paper: O. Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015; the 20 classes are
+deduced from the counts that the MCLDef paper prints (arXiv 2205.04411).
+Differs: nothing known.
+Should reach: 26,000 + 1,000 images; a BadNets victim, ResNet-18, ASR 100 and BA without the target class 79.16 (spec
+11, Table 1, `Before`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ that a pixel patch there is nothing new. Measured properties: docs/shapes.md.
 Every pixel is a function of integers: raw 64-bit words of PCG64, whose stream NumPy guarantees for good (the
 methods of `Generator` it does not), and int32/int64 sums, products, shifts and floor divisions. No float takes
 part, so that the bytes agree on every machine and NumPy version. `generate` touches no global state.
+
+Paper: none, it is ours. Differs: nothing to differ from.
+Should reach: the two SHA-256 of docs/shapes.md; a clean WRN-16-1 of 800 steps BA 94.9 (n = 1), a linear probe at most
+12.7.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from backdoorbench_mcl.api import (
     Selector,
     UserError,
 )
-from backdoorbench_mcl.kit import fit, frozen
+from backdoorbench_mcl.kit import at_once, fit, frozen
 
 from .stamps import Target, knowledge, need, pick, stamps, suspect
 from .training import Meter, adapt
@@ -86,12 +86,14 @@ def head_parameters(model: Classifier, x: Tensor) -> list[nn.Parameter]:
     return [parameter for parameter, gradient in zip(learnt, gradients, strict=True) if gradient is not None]
 
 
-def refresh_batchnorm(model: Classifier, images: Images, size: int = REFRESH_BATCH) -> None:
+def refresh_batchnorm(model: Classifier, images: Images, size: int | None = None) -> None:
     """Replace the running statistics of every batch norm by their average over `images`, in place (spec 6.1).
 
     Images are neither augmented nor stamped: what counts is what the model will meet. They are cut into parts of
-    equal length, at most `size`, because a short part would weigh as much as a full one.
+    equal length, at most `size` (by default 256, fewer of large images), because a short part would weigh as much as a
+    full one.
     """
+    size = min(REFRESH_BATCH, at_once(images.x)) if size is None else size
     layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

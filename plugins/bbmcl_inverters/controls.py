@@ -1,8 +1,9 @@
 """true, random, zero: what a repair gains from the attacker's own trigger, from a wrong one, and from none.
 
-Source: spec 8.2 (the paper's MCLDef(True): an upper bound for every inverter) and 8.5 (ours). A repair that does as
-well with `random` as with the inverter that it imitates gains nothing from the inversion. With `zero` both cosines of
-MCLDef are equal: its loss is ln 2 and its gradient 0, so that only weight decay and batch norm move the model.
+Paper: Z. Yue et al., MCLDef, ACM MM 2023 (arXiv 2205.04411), for `true`: its MCLDef(True), an upper bound for every
+inverter (spec 8.2). `random` and `zero` are ours (spec 8.5). A repair that does as well with `random` as with the
+inverter that it imitates gains nothing from the inversion. With `zero` both cosines of MCLDef are equal: its loss is
+ln 2 and its gradient 0, so that only weight decay and batch norm move the model.
 Differs: `random` puts the pixels of the fitted mask at random places, so that not only its L1 but every value of it is
 the same; its pattern is uniform noise.
 Should reach: mcldef(inverter=true) ASR 0.66, BA without the target class 83.24 on CIFAR-10, BadNets, WRN-16-1, 5 %

@@ -2,9 +2,9 @@
 
 A mask with a small L1 cannot stand for a trigger that covers the whole image; a perturbation with a small L2 can.
 
-Source: spec 6.5 (ours, measured for the SIG attack; the idea is that of S.-M. Moosavi-Dezfooli et al., "Universal
-adversarial perturbations", CVPR 2017).
-Differs: from that paper in everything but the idea: a target label, Adam and a penalty instead of a bound. Printed
+Paper: S.-M. Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, for the idea. Source: spec 6.5
+(ours, measured for the SIG attack).
+Differs: in everything but the idea: a target label, Adam and a penalty instead of a bound. Printed
 nowhere and chosen here: the start at 0 and the batch of 64, nc-box's.
 Should reach, on a SIG victim, CIFAR-10, WRN-16-1, 5 % clean images: L2 norm 2.69, success 98.4 % (spec 6.5, n = 1).
 """

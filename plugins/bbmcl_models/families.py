@@ -7,9 +7,10 @@ State-dict names are the library's.
 
 Networks whose size depends on the image's (vision transformers) are built for it; most others are made for 224 pixels
 and leave little of 32: torchvision:resnet50 divides each side by 32. Where an image is too small, building says so.
-Auxiliary classifiers are left out. timm is an extra: pip install 'backdoorbench-mcl[timm]'.
-Where the backward pass of a layer has no deterministic form on a GPU, training there fails with PyTorch's line for it;
-adaptive pooling, as in VGG, is replaced by one that has.
+Paper: those of the networks. Differs: weights are random, and auxiliary classifiers are left out. Should reach: no
+number. timm is an extra: pip install 'backdoorbench-mcl[timm]'. Where the backward pass of a layer has no
+deterministic form on a GPU, training there fails with PyTorch's line for it; adaptive pooling, as in VGG, is replaced
+by one that has.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Paper: K. He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; 2
 The usual victim of BackdoorBench. The stem is a 3x3 convolution of stride 1 at any image size, so that 224x224 costs as
 much as resnet18's `cifar` stem does there. Where a block changes the shape, the shortcut is a 1x1 convolution of the
 activated input. A last batch norm and ReLU stand before the pooling, as in the paper; some public versions have none.
-Initialisation is resnet18's. Parameters: 11,172,170 (K = 10).
+Differs: initialisation is resnet18's.
+Should reach: 11,172,170 parameters (K = 10). The MCLDef paper does not use it, so no printed number is claimed.
 """
 
 from __future__ import annotations

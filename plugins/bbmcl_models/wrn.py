@@ -1,6 +1,10 @@
-"""Wide residual networks (Zagoruyko and Komodakis, BMVC 2016), for images of 32x32 and larger.
+"""Wide residual networks, for images of 32x32 and larger.
 
-Architecture and initialisation: spec 3.1. The pooling is global at any size, not a fixed 8x8. State-dict names are
+Paper: S. Zagoruyko, N. Komodakis, "Wide Residual Networks", BMVC 2016.
+Differs: no dropout; the pooling is global at any size, not a fixed 8x8.
+Should reach: BA 82.4 as a BadNets victim on CIFAR-10, WRN-16-1, 50 epochs without augmentation (the authors', spec
+1.2).
+Architecture and initialisation: spec 3.1. State-dict names are
 those of the widely used WideResNet-pytorch code (`conv1`, `block1.layer.0.bn1`, ..., `bn1`, `fc`), so that public
 checkpoints load. wrn-16-1 for 3x32x32 and 10 classes: 175,066 parameters in 43 tensors (82 with the batch-norm
 buffers of the state dict), 26.66 M multiply-adds an image.
