@@ -210,7 +210,8 @@ def test_a_single_image_left_over_joins_the_batch_before_it(tmp_path: Path) -> N
     norm = torch.nn.BatchNorm1d(8)
 
     def loss(batch: Batch) -> Tensor:
-        return norm(model.embed(batch.x)).square().mean()
+        value: Tensor = norm(model.embed(batch.x)).square().mean()
+        return value
 
     kit.fit(model, images, ctx, loss)
     assert seen == [(1, 4, 16), (2, 4, 17), (3, 4, 16), (4, 4, 17)]
