@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # the field's term; tuple.index is of no use here
 
 
-def joins(images: int, size: int) -> bool:
+def _joins(images: int, size: int) -> bool:
     """Whether batches of `size` leave a single image over, and others before it."""
     return images > size > 1 and images % size == 1
 
@@ -83,7 +83,7 @@ class Images:
             raise ValueError("augmentation needs rng")
         order = torch.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng)
         parts = list(order.split(size))
-        if not lone and joins(len(self), size):
+        if not lone and _joins(len(self), size):
             parts[-2:] = [torch.cat(parts[-2:])]
         for index in parts:
             x, y = self.take(index)  # (B, C, H, W) uint8, (B,)
@@ -251,11 +251,9 @@ class Recipe(Method):
 
     def total(self, images: int) -> int:
         """SGD steps on `images` images, the last partial batch of an epoch kept unless it is a single image."""
-        return (
-            self.steps
-            if self.steps is not None
-            else self.epochs * (-(-images // self.batch) - joins(images, self.batch))
-        )
+        if self.steps is not None:
+            return self.steps
+        return self.epochs * (-(-images // self.batch) - _joins(images, self.batch))
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0 .. total-1; a milestone m takes effect at step round(m * total)."""
@@ -281,7 +279,8 @@ class Snapshot(Protocol):
 @dataclass(frozen=True)
 class Context:
     """What every running method gets. rng: CPU generator; log: one line to the job's log; tick(done, total, images):
-    progress of the loop, `images` being the images processed since the last call.
+    progress of the loop, `images` being the images processed since the last call. An inverter calls it after every
+    optimiser step, `total` being the most that it would take: rows tell both.
     """
 
     rng: torch.Generator
@@ -383,12 +382,12 @@ class Goal(NamedTuple):
 class Attack(Method):
     """Poisons training data and stamps test images. `target` is the one target label, None for all-to-all.
 
-    control: parameters that take away what is special about the attack; tables tell the ASR that is left beside its
-    own. Example: `{"eps": 0.0}` of `cl`, whose images are then not perturbed.
+    ablation: parameters that take away what is special about the attack, which makes it its own control; tables tell
+    the ASR that is left. Example: `{"eps": 0.0}` of `cl`, whose images are then not perturbed.
     """
 
     target: int | None = None
-    control: ClassVar[Mapping[str, Any]] = {}
+    ablation: ClassVar[Mapping[str, Any]] = {}
 
     def needs(self) -> Mapping[str, Need]:
         """Surrogate models to train first, by the name under which `ctx.needs` gives them; none by default."""

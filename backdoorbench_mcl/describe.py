@@ -67,16 +67,14 @@ def jsonable(value: Any) -> Any:
 def describe(request: Mapping[str, Any]) -> dict[str, Any]:
     """What the driver must know of one configured object: parameters, identity, declarations."""
     method = construct(request["target"], request["kind"], request["suffix"], request["params"])
-    params = jsonable(method.params)
     out: dict[str, Any] = {
-        "params": params,
-        "identity": {k: v for k, v in params.items() if not (k in method.added and jsonable(method.added[k]) == v)},
+        "params": jsonable(method.params),
+        "identity": _identity(method),
         "version": method.version,
         "repr": repr(method),
     }
     if isinstance(method, api.Attack):
-        control = {k: v for k, v in jsonable(dict(method.control)).items() if params[k] != v}
-        out["attack"] = {"target": method.target, "control": control}
+        out["attack"] = {"target": method.target, "control": _control(method, request)}
     elif isinstance(method, api.Dataset):
         out["dataset"] = {"budget": method.budget, "toy": method.toy}
     if isinstance(method, (api.Attack, api.Inverter, api.Defense)):
@@ -88,6 +86,27 @@ def describe(request: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(method, api.Defense):
         out["uses_labels"] = bool(method.uses_labels)
     return out
+
+
+def _identity(method: Method) -> dict[str, Any]:
+    """The parameters that enter keys: all but those added later, at the value that stands for what was before."""
+    params: dict[str, Any] = jsonable(method.params)
+    return {k: v for k, v in params.items() if not (k in method.added and jsonable(method.added[k]) == v)}
+
+
+def _control(attack: api.Attack, request: Mapping[str, Any]) -> dict[str, Any]:
+    """What `attack.ablation` changes, and the identity of the attack with it; {} for what is its own control already.
+
+    Raises PluginError where it names no parameter.
+    """
+    unknown = sorted(set(attack.ablation) - set(attack.params))
+    if unknown:
+        raise PluginError(f"{attack.name}: ablation names {', '.join(unknown)}, no parameter of its constructor")
+    changed = {name: value for name, value in attack.ablation.items() if attack.params[name] != value}
+    if not changed:
+        return {}
+    other = construct(request["target"], request["kind"], request["suffix"], {**request["params"], **changed})
+    return {"set": jsonable(changed), "params": _identity(other)}
 
 
 def _need(method: Method, name: str, need: api.Need) -> dict[str, Any]:

@@ -19,8 +19,8 @@ _TICK = "harness.tick"  # in the meta of an inverter's snapshot
 
 @dataclass
 class _Search:
-    """Passes ticks and snapshots on and keeps the last tick: how far a search went is seen here, and not reported by
-    the method. A snapshot keeps it too, so that a search that had ended when it was killed says the same again.
+    """Passes ticks and snapshots on and keeps the last tick, which tells how far a search went. A snapshot keeps it
+    too, so that a search that had ended when it was killed says the same again.
     """
 
     forward: Tick
@@ -44,7 +44,7 @@ class _Search:
         self.snapshot.save(tensors, {**meta, _TICK: [self.done, self.total]})
 
     def meta(self) -> dict[str, Any]:
-        """steps: of the search; stopped_early: it had more left. Both None where there was no search."""
+        """steps: of its optimiser; stopped_early: it had more left. Both None where there was no search."""
         early = None if self.done is None or self.total is None else self.done < self.total
         return {"steps": self.done, "stopped_early": early}
 

@@ -67,7 +67,7 @@ class Described:
     detects: bool = False
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attack_target: int | None = None
-    attack_control: Mapping[str, Any] = field(default_factory=dict)  # the parameters that would make it its control
+    attack_control: Mapping[str, Any] = field(default_factory=dict)  # {"set", "params"} of its ablation
     budget: str = "full"
     toy: bool = False
 

@@ -48,7 +48,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """A resolved matrix. `needed`: the configured method behind every need, by its kind and text."""
+    """A resolved matrix. needed: the configured method behind every need, by its kind and text. left_out: labels of
+    defenses that `all` would have named if they were not told too much.
+    """
 
     dataset: Described
     data: datacache.DataInfo
@@ -66,6 +68,7 @@ class Request:
     device: str
     precision: Precision
     exclude_poisoned: bool = False
+    left_out: Sequence[str] = ()
 
 
 def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
@@ -282,7 +285,8 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     for selection, defense in zip(defenses, found_defenses, strict=True):
         _check_declarations(defense, registry.find("defense", selection.name))
     # an Entry declares what a method itself may know, not what reaches it by way of, say, its inverter
-    found_defenses = [d for d in found_defenses if not (d.label in untyped and ORACLES & set(d.told))]
+    left_out = [d.label for d in found_defenses if d.label in untyped and ORACLES & set(d.told)]
+    found_defenses = [d for d in found_defenses if d.label not in left_out]
     if not found_defenses:
         raise UserError(f"--defenses {options.defenses!r}: every method is told the trigger or its location; name them")
 
@@ -297,6 +301,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     return Request(
         dataset, data, model, found_attacks, found_defenses, needed, train, defend,
         seeds, defense_seeds, options.clean_rate, preset, budget, device, precision, options.exclude_poisoned,
+        tuple(left_out),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class Row:
     inverter_success: float | None = None  # % of the clean images that the victim calls otherwise
     inverter_l1: float | None = None
     inverter_pixels_changed: float | None = None  # mean per clean image, by more than 1/255 in any channel
-    inverter_steps: int | None = None  # of its search
+    inverter_steps: int | None = None  # of the optimiser of its search
     inverter_stopped_early: bool | None = None  # the search had steps left
     verdict: str = ""  # of the detector that named the label to defend: "clean" or "flagged 5, 2"
     surrogate: str = ""  # the clean models that the attack relied on, and how robust they are

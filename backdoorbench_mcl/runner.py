@@ -25,8 +25,8 @@ from .store import Store
 
 LARGE = 64  # pixels: from here on the constants for 32x32 fit images badly (spec 4.1, 5.1)
 _FOREIGN = (
-    "note: images of {height}x{width}, and no preset has a table for {name}: sizes and weights of triggers are those "
-    "of 32x32 (at 224x224: badnets.size=32, nc-box.lam=0.001)"
+    "note: images of {height}x{width}, for which preset {preset} has no table: sizes of patches and nc-box.lam are "
+    "made for 32x32 unless you set them (at 224x224: badnets.size=32, nc-box.lam=0.001)"
 )
 MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what several trainings run out of
 
@@ -148,11 +148,17 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
     """What `all` stood for and every default that decides numbers: printed before a run."""
     height, width = asked.data.shape[1:]
     name = params.selection(asked.dataset.label).name
-    foreign = min(height, width) >= LARGE and name not in presets.known(asked.preset)  # type: ignore[arg-type]
+    table = presets.settings(asked.preset, "full", name)  # type: ignore[arg-type]
+    foreign = min(height, width) >= LARGE and "lam" not in table.get("nc-box", {})
     return [
         f"data set {asked.dataset.label} ({asked.data.note}), model {asked.model.label}",
-        *([_FOREIGN.format(height=height, width=width, name=name)] if foreign else []),
+        *([_FOREIGN.format(height=height, width=width, preset=asked.preset)] if foreign else []),
         f"attacks {', '.join(a.label for a in asked.attacks)}; defenses {', '.join(d.label for d in asked.defenses)}",
+        *(
+            [f"note: `all` leaves out {', '.join(asked.left_out)}, told the trigger or its place"]
+            if asked.left_out
+            else []
+        ),
         f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
         f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"
         f"{'s' if using.threads > 1 else ''}, isolation {using.isolation}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,8 +42,12 @@ class FolderSnapshot:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"{_FILE}.{os.getpid()}"
-        # straight from the tensors: `save` makes bytes first, at twice their memory
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"meta": json.dumps(meta)})
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:  # straight from the tensors: `save` makes bytes first, at twice their memory
+            save_file(plain, scratch, {"meta": json.dumps(dict(meta))})
+        except SafetensorError as error:  # what the file system said stands in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(scratch)) from error
         with scratch.open("rb") as handle:
             os.fsync(handle.fileno())
         scratch.replace(self.folder / _FILE)

@@ -168,7 +168,10 @@ def test_the_surrogate_is_declared_and_needed() -> None:
 def test_its_control_is_the_same_attack_without_perturbation() -> None:
     asked = {"target": "bbmcl_attacks.cl:CL", "kind": "attack", "suffix": ""}
     told = [describe({**asked, "params": params})["attack"] for params in ({}, {"eps": 0.0})]
-    assert told == [{"target": 5, "control": {"eps": 0.0}}, {"target": 5, "control": {}}]
+    control = {**CL().params, "eps": 0.0}
+    assert told == [
+        {"target": 5, "control": {"set": {"eps": 0.0}, "params": control}}, {"target": 5, "control": {}},
+    ]  # fmt: skip
 
 
 def test_images_that_hardly_moved_are_refused() -> None:

@@ -47,8 +47,10 @@ def test_large_images_without_a_table_of_their_own_are_pointed_out() -> None:
     large = replace(asked, data=replace(asked.data, shape=(3, 96, 128)))
     told = [line for line in runner.summary(large, using) if line.startswith("note: ")]
     assert len(told) == 1
-    assert "images of 96x128, and no preset has a table for tiny" in told[0]
-    named = replace(large, dataset=replace(asked.dataset, label="imagenet20(size=96)"), preset="authors")
+    assert "images of 96x128, for which preset paper has no table" in told[0]
+    signs = replace(large, dataset=replace(asked.dataset, label="gtsrb(size=224)"))  # its table has no such sizes
+    assert any("note: " in line for line in runner.summary(signs, using))
+    named = replace(large, dataset=replace(asked.dataset, label="imagenet20"), preset="authors")
     for other in (asked, named):  # 8x8; a data set that has its table
         assert not any("note: " in line for line in runner.summary(other, using))
 

@@ -84,6 +84,9 @@ def test_all_leaves_out_what_is_told_the_trigger_by_way_of_its_inverter() -> Non
     everyone = labels("all")
     assert "needy" in everyone
     assert labels("all", oracle) == [label for label in everyone if label != "needy"]
+    asked = small.resolve(small.options("badnets(target=1)", "all", overrides=oracle))
+    said = runner.summary(asked, runner.Resources(1, 1, "process"))
+    assert "note: `all` leaves out needy, told the trigger or its place" in said
     assert sorted(labels("all,needy", oracle)) == sorted(everyone)  # typed is typed
 
 

@@ -34,12 +34,6 @@ def _merge(into: Settings, tables: Mapping[str, Any]) -> None:
             into.setdefault(method, {}).update(params)
 
 
-def known(preset: PresetName) -> frozenset[str]:
-    """The data sets for which `preset`, or the one that it builds on, has a table of its own."""
-    own = _read(preset)
-    return frozenset(own.get("data", {})) | (known(own["base"]) if "base" in own else frozenset())
-
-
 def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
     """Parameters by method name (`train`, `defend`: the recipes) from base, preset, their tables for the data set (what
     holds for the data set beats what a preset says of all), budget.
@@ -84,4 +78,4 @@ def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
     return out
 
 
-__all__ = ["BUDGETS", "PRESETS", "BudgetName", "PresetName", "Settings", "known", "read_config", "settings"]
+__all__ = ["BUDGETS", "PRESETS", "BudgetName", "PresetName", "Settings", "read_config", "settings"]

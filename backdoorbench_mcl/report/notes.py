@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ..evaluate import FTR_MARGIN, GATE_OK
 from ..rows import Row
+from ..text import one_line
 from .grid import Block, Cell, Column, Line
 
 FLOOR, ERASED, FLAGGED = "≈", "×", "°"
@@ -86,17 +87,23 @@ def _surrogates(block: Block) -> list[str]:
 
 
 def _controls(block: Block) -> list[str]:
-    """What is left of an attack without what is special about it, where a victim of that is in the block too."""
+    """What is left of an attack without what is special about it, as far as its control's victims are in the block."""
     out = []
     for line in block.lines:
-        wanted = next((row.params["control"] for row in _rows(line) if "control" in row.params), None)
-        if wanted is None:
+        mine = [row for row in _rows(line) if "control" in row.params]
+        if not mine:
             continue
+        wanted, train = mine[0].params["control"], mine[0].params.get("train")
+        seeds = {row.victim_seed for row in mine}
+        found = [
+            row for other in block.lines for row in _rows(other)
+            if row.params.get("attack") == wanted["attack"] and row.params.get("train") == train
+            and row.victim_seed in seeds
+        ]  # fmt: skip
+        asr = [row.asr_before for row in found if row.asr_before is not None]
+        told = f"ASR {_range(asr, 2)} before defense" if asr else "failed" if found else "not in this table"
         changed = ", ".join(f"{name}={value}" for name, value in wanted["set"].items())
-        others = [row for other in block.lines for row in _rows(other) if row.params.get("attack") == wanted["attack"]]
-        asr = [row.asr_before for row in others if row.asr_before is not None]
-        told = f"ASR {_range(asr, 2)} before defense" if asr else "not in this table"
-        out.append(f"Control of {line.label} ({changed}): {told}.")
+        out.append(f"Control of {line.label} ({one_line(changed, 100)}): {told}.")
     return out
 
 

@@ -89,7 +89,7 @@ class CL(Attack):
 
     name = "cl"
     paper = "Turner et al., Label-Consistent Backdoor Attacks, 2019, arXiv 1912.02771"
-    control = MappingProxyType({"eps": 0.0})
+    ablation = MappingProxyType({"eps": 0.0})
     target: int
 
     def __init__(

@@ -8,7 +8,7 @@ spec 2: the std triple is the average of per-image standard deviations, not the 
 Paper: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 Differs: the published order of the images is not kept, the cache sorts them by their pixels.
 Should reach: 50,000 + 10,000 lossless images, on whose test set the MCLDef authors' BadNets victim scores BA 82.40,
-without the target class 83.01, and ASR 99.64 (spec 1.2); JPEG copies cost models of lossless images 8-9 points (spec
+without the target class 83.01, and ASR 99.64 (spec 1.2); JPEG copies cost models of lossless images 7.6-9 points (spec
 2.1).
 """
 

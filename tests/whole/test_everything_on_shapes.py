@@ -65,4 +65,4 @@ def test_every_cell_is_filled(runs: Path, defenses: str) -> None:
             assert row.asr is not None
         told = {"before": (), "ft": (), "nad": (), "ibau": (), ORACLE: ("target", "trigger")}
         assert row.knows == told.get(row.defense, ("target",))
-    assert {row.attack for row in rows if row.gate == "weak"} <= {"cl"}  # docs/shapes.md: ASR 71 on the toy
+    assert {row.attack for row in rows if row.gate == "weak"} <= {"cl"}  # docs/shapes.md: 94.6, and 90 is the gate
