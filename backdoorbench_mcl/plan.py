@@ -268,8 +268,8 @@ class Builder:
             "train": dict(request.train.params),
         }
         if attack.attack_control:
-            other = {**attack.identity, "params": attack.attack_control["params"]}
-            resolved["control"] = {"attack": other, "set": attack.attack_control["set"]}
+            made = {**attack.identity, "params": attack.attack_control["params"]}
+            resolved["control"] = {"attack": made, "set": attack.attack_control["set"]}
         inverter = None
         for method in [attack] if defense is None else [attack, defense]:
             for other in self.methods_behind(method):

@@ -262,8 +262,9 @@ def test_what_is_left_of_an_attack_without_its_perturbation_is_told_where_it_is_
     text = render([*rows, *others, bare], "markdown")
     assert "Control of cl (eps=0.0): ASR 12.50 before defense." in text
     assert text.count("Control of") == 1
-    for other in ({"victim": 3}, {"params": {"attack": control, "train": {"epochs": 1}}}):
-        wrong = make("cl(eps=0)", "before", 12.5, **{"asr_before": 12.5, "params": {"attack": control}, **other})
+    stranger = make("cl(eps=0)", "before", 12.5, victim=3, asr_before=12.5, params={"attack": control})
+    recipe = {"attack": control, "train": {"epochs": 1}}
+    for wrong in (stranger, make("cl(eps=0)", "before", 12.5, asr_before=12.5, params=recipe)):
         assert "Control of cl (eps=0.0): not in this table." in render([*rows, wrong], "markdown")
     dead = make("cl(eps=0)", "before", state="failed", asr_before=None, params={"attack": control})
     assert "Control of cl (eps=0.0): failed." in render([*rows, dead], "markdown")
