@@ -12,6 +12,7 @@ import small
 from backdoorbench_mcl import plan
 from backdoorbench_mcl.request import Options
 
+FORMER = ("defend.batch=64", "nc-box.batch=64")  # on `shapes`: what a preset sets may move, what is set may not
 GOLDEN = {
     ("train", 0): "51f28c23f15baa81449f12d9e12edcf6548f7b61f5849a768890920ff1539b83",
     ("invert", 0): "79cc7a9c216dea321bbcfa11cf084cc53d46ac24ee48fec5ae8fe2864b5daff1",
@@ -22,7 +23,9 @@ GOLDEN = {
 
 def test_keys_of_the_first_release(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    asked = small.resolve(Options("badnets", "mcldef", "shapes", "wrn-16-1", budget="full", precision="fp32"))
+    asked = small.resolve(
+        Options("badnets", "mcldef", "shapes", "wrn-16-1", budget="full", precision="fp32", overrides=FORMER)
+    )
     nodes = plan.build(asked).nodes.values()
     found = {(node.kind, node.victim_seed): node.key for node in nodes if node.kind != "trial"}
     assert found == GOLDEN
@@ -45,7 +48,9 @@ NEEDED = [  # of nc(target=detect), mcldef+ with the mcldef behind it, and mclde
 def test_keys_of_stages_that_methods_need(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
     defenses = "nc(target=detect),mcldef+,mcldef(inverter=true)"
-    asked = small.resolve(Options("trojan", defenses, "shapes", "wrn-16-1", budget="full", precision="fp32"))
+    asked = small.resolve(
+        Options("trojan", defenses, "shapes", "wrn-16-1", budget="full", precision="fp32", overrides=FORMER)
+    )
     nodes = plan.build(asked).nodes.values()
     found = [(node.kind, node.key) for node in nodes if node.kind not in ("trial", "predict")]
     assert found == NEEDED
