@@ -200,25 +200,6 @@ def test_fit_learns_and_reports_each_step(tmp_path: Path) -> None:
     assert sum(call[2] for call in calls) == 8 * 300  # the last, shorter batch is trained on
 
 
-def test_a_single_image_left_over_joins_the_batch_before_it(tmp_path: Path) -> None:
-    """Batch norm in train mode refuses one image where its map is a single pixel."""
-    images, seen = make_images(33), []
-    ctx = make_context(
-        tmp_path, 0, Recipe(epochs=2, batch=16), tick=lambda done, total, n: seen.append((done, total, n))
-    )
-    model = network()
-    norm = torch.nn.BatchNorm1d(8)
-
-    def loss(batch: Batch) -> Tensor:
-        value: Tensor = norm(model.embed(batch.x)).square().mean()
-        return value
-
-    kit.fit(model, images, ctx, loss)
-    assert seen == [(1, 4, 16), (2, 4, 17), (3, 4, 16), (4, 4, 17)]
-    assert [len(batch.x) for batch in images.batches(16)] == [16, 16, 1]
-    assert [len(batch.x) for batch in make_images(1).batches(16, lone=False)] == [1]
-
-
 def test_steps_bound_the_training_whatever_the_number_of_images(tmp_path: Path) -> None:
     done: list[int] = []
     for count in (40, 1000):

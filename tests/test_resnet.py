@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision.models
+from helpers import make_context, make_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backdoorbench_mcl import kit
-from backdoorbench_mcl.api import Classifier, UserError
+from backdoorbench_mcl.api import Classifier, Recipe, UserError
 from bbmcl_defenses.mcldef import head_parameters
 from bbmcl_models import bbmcl_models
 from bbmcl_models.preact import PreActResNet, PreActResNet18
@@ -221,6 +223,18 @@ def test_head_copies_and_gradients(make: Callable[[], Classifier]) -> None:
         for parameter in model.parameters():
             parameter.zero_()
         assert torch.equal(other(x), before)
+
+
+def test_a_single_image_left_over_joins_the_batch_before_it(tmp_path: Path) -> None:
+    """Batch norm refuses one image where its map is a single pixel, as that of the ImageNet stem at 32 pixels is."""
+    images, seen = make_images(33, classes=4), []
+    assert [len(batch.x) for batch in images.batches(16)] == [16, 16, 1]
+    assert [len(batch.x) for batch in images.subset(torch.arange(1)).batches(16, lone=False)] == [1]
+    recipe = Recipe(epochs=2, batch=16, augment="none")
+    ctx = make_context(tmp_path, 0, recipe, tick=lambda done, total, n: seen.append((done, total, n)))
+    model = build(4, stem="imagenet").train()
+    kit.fit(model, images, ctx, lambda batch: F.cross_entropy(model(batch.x), batch.y))
+    assert seen == [(1, 4, 16), (2, 4, 17), (3, 4, 16), (4, 4, 17)]
 
 
 def test_parameters_are_checked_and_other_channels_work() -> None:
