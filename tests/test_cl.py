@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny import Bench, Memory, Tiny, generator, images, one_thread
 from torch import Tensor
 
-from backdoorbench_mcl.api import Attack, AttackContext, Classifier, Images, Need, State, UserError
+from backdoorbench_mcl.api import Attack, AttackContext, Classifier, Images, Need, PluginError, State, UserError
 from backdoorbench_mcl.describe import describe
 from bbmcl_attacks import cl
 from bbmcl_attacks.cl import CL, distances, perturb, spots
@@ -172,6 +172,21 @@ def test_its_control_is_the_same_attack_without_perturbation() -> None:
     assert told == [
         {"target": 5, "control": {"set": {"eps": 0.0}, "params": control}}, {"target": 5, "control": {}},
     ]  # fmt: skip
+
+
+def test_an_ablation_of_no_parameter_is_the_plugin_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CL, "ablation", {"epps": 0.0})
+    with pytest.raises(PluginError, match="cl: ablation names epps, no parameter of its constructor"):
+        describe({"target": "bbmcl_attacks.cl:CL", "kind": "attack", "suffix": "", "params": {}})
+
+
+def test_a_control_is_identified_as_it_would_be_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter added later at its old value enters no key, so it may not enter the control's either."""
+    monkeypatch.setattr(CL, "added", {"eps": 0.0})
+    asked = {"target": "bbmcl_attacks.cl:CL", "kind": "attack", "suffix": ""}
+    control, itself = (describe({**asked, "params": params}) for params in ({}, {"eps": 0.0}))
+    assert control["attack"]["control"]["params"] == itself["identity"]
+    assert "eps" not in itself["identity"]
 
 
 def test_images_that_hardly_moved_are_refused() -> None:

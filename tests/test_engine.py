@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import small
 import torch
+from safetensors import SafetensorError
 
-from backdoorbench_mcl import artefacts, plan
+from backdoorbench_mcl import artefacts, jobs, plan, snapshots
 from backdoorbench_mcl.engines.local import Finished, Local, Progress
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
@@ -291,6 +294,21 @@ def test_a_torn_snapshot_is_none(tmp_path: Path, keep: int) -> None:
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:keep])
     assert FolderSnapshot(tmp_path).load() is None
+
+
+def test_a_disk_that_fills_up_under_a_snapshot_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FolderSnapshot(tmp_path).save({"w": torch.ones(2)}, MappingProxyType({"step": 1}))
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(snapshots, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        FolderSnapshot(tmp_path).save({"w": torch.zeros(2)}, {"step": 2})
+    assert caught.value.errno == errno.ENOSPC
+    assert jobs._reason(caught.value)[1].startswith("no space left on the device")
+    found = FolderSnapshot(tmp_path).load()
+    assert found is not None and found[1] == {"step": 1}  # the one before is still there
 
 
 def test_snapshots_are_not_written_more_often_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
