@@ -105,7 +105,7 @@ def collect() -> dict[str, Any]:
         "machine_class": machine_class(),
         "bf16": supports_bf16(),
         "git": _git(Path(__file__).resolve().parent.parent),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": _host(),
     }

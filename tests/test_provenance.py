@@ -68,6 +68,11 @@ def test_bf16_agrees_with_torch() -> None:
     assert str(provenance.supports_bf16()) == done.stdout.strip()
 
 
+def test_the_command_is_told_without_where_the_program_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/me/venv/bin/bbmcl", "matrix", "--runs", "my runs"])
+    assert provenance.collect()["command"] == "bbmcl matrix --runs 'my runs'"
+
+
 def test_collect_is_json_and_complete() -> None:
     facts = json.loads(json.dumps(provenance.collect()))
     assert facts["versions"]["backdoorbench-mcl"] == backdoorbench_mcl.__version__
