@@ -78,6 +78,10 @@ def matrix(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME.PARAM=V1,V2,...", help="A column per value; also clean-rate=...; repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
@@ -101,7 +105,7 @@ def matrix(
 
     options = Options(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
-        precision, data_root, exclude_poisoned,
+        precision, data_root, exclude_poisoned, tuple(sweep or ()),
     )  # fmt: skip
     settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
     if dry_run:

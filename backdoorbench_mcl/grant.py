@@ -55,12 +55,11 @@ class Grants:
     """Fills job folders for the stages of one data set. threads, isolation, snapshot_every: settings of every job."""
 
     def __init__(
-        self, data: datacache.DataInfo, store: Store, *, clean_rate: float, device: str, precision: str, threads: int,
+        self, data: datacache.DataInfo, store: Store, *, device: str, precision: str, threads: int,
         isolation: str, snapshot_every: float = 2.0, exclude_poisoned: bool = False,
     ) -> None:  # fmt: skip
         self.data = data
         self.store = store
-        self.clean_rate = clean_rate
         self.exclude_poisoned = exclude_poisoned
         self.common: dict[str, Any] = {
             "device": device,
@@ -171,7 +170,7 @@ class Grants:
         """Which training images are the clean ones of a stage. victim: the artefact of the model that it faces."""
         split_seed = cells.seed("split", self.data.hash, node.victim_seed, node.defense_seed)
         exclude = poisoned(victim) if self.exclude_poisoned else None
-        return cells.clean_index(self.data.n_train, self.clean_rate, split_seed, exclude)
+        return cells.clean_index(self.data.n_train, float(node.spec["clean_rate"]), split_seed, exclude)
 
     def _clean(self, node: Node, victim: Path, into: Path, labels: bool) -> None:
         index = self.clean_index(node, victim)

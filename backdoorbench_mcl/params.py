@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,6 +113,63 @@ def selections(text: str) -> list[Selection]:
     return out
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """One parameter and the values that it takes, as typed and as read; name is None for the clean rate."""
+
+    name: str | None
+    parameter: str
+    values: Sequence[tuple[str, Any]]
+
+
+CLEAN_RATE = "clean_rate"  # what may be swept besides parameters of methods
+
+
+def sweep(line: str) -> Sweep:
+    """`"mcldef.temperature=0.1,0.5"` or `"clean-rate=0.01,0.05"`. Raises UserError for anything else.
+
+    Example: `sweep("ft.lr=0.1,0.01").values` is `[("0.1", 0.1), ("0.01", 0.01)]`.
+    """
+    target, equals, given = line.partition("=")
+    name, dot, parameter = target.strip().rpartition(".")
+    parameter = parameter.replace("-", "_") if not dot else parameter
+    if not equals or not parameter.isidentifier() or bool(dot) != bool(name) or (not dot and parameter != CLEAN_RATE):
+        raise UserError(
+            f"--sweep {line!r}: expected name.param=v1,v2,... of an attack or a defense, as in "
+            "'mcldef.temperature=0.1,0.5,1', or clean-rate=v1,v2,..."
+        )
+    texts = [text for text in split(given, quotes=True) if text]
+    values = [(text, value(text)) for text in texts]
+    if not values:
+        raise UserError(f"--sweep {line!r}: expected at least one value behind the equals sign")
+    for i, (text, read) in enumerate(values):
+        if any(read == other and type(read) is type(other) for _, other in values[:i]):
+            raise UserError(f"--sweep {line!r}: the value {text} is given twice")
+    return Sweep(name or None, parameter, values)
+
+
+def swept(selection: Selection, sweeps: Sequence[Sweep]) -> list[Selection]:
+    """`selection` once for every combination of values of the sweeps that mean it; the label names them.
+
+    Raises UserError where the selection sets a swept parameter itself.
+    Example: `[s.label for s in swept(selection("ft"), [sweep("ft.lr=0.1,0.01")])]` is `["ft(lr=0.1)", "ft(lr=0.01)"]`.
+    """
+    out = [selection]
+    for one in sweeps:
+        if one.name not in (selection.name, selection.name.rpartition("/")[2]):
+            continue
+        if one.parameter in selection.params:
+            raise UserError(f"--sweep {one.name}.{one.parameter}: {selection.label} sets it already; leave one out")
+        out = [_with(each, one.parameter, text, read) for each in out for text, read in one.values]
+    return out
+
+
+def _with(selection: Selection, parameter: str, text: str, read: Any) -> Selection:
+    given = f"{parameter}={text}"
+    label = f"{selection.label[:-1]}, {given})" if selection.params else f"{selection.label}({given})"
+    return Selection(label, selection.name, selection.suffix, {**selection.params, parameter: read})
+
+
 def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
     """`["ft.lr=0.01", "train.epochs=15"]` -> `{"ft": {"lr": 0.01}, "train": {"epochs": 15}}`."""
     out: dict[str, dict[str, Any]] = {}
@@ -125,4 +182,7 @@ def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
-__all__ = ["Selection", "assignments", "overrides", "selection", "selections", "split", "value"]
+__all__ = [
+    "CLEAN_RATE", "Selection", "Sweep", "assignments", "overrides", "selection", "selections", "split", "sweep",
+    "swept", "value",
+]  # fmt: skip

@@ -93,6 +93,12 @@ class Case:
     victim: str
     trial: str
     before: str
+    clean_rate: float
+
+    @property
+    def name(self) -> str:
+        """For titles. Example: `badnets 0`"""
+        return f"{self.attack.label} {self.seed}"
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -113,7 +119,6 @@ class Builder:
         self.plan = Plan()
         data = request.data
         self.data = {"hash": data.hash, "mean": list(data.mean), "std": list(data.std), "flip_ok": data.flip_ok}
-        self.clean_n = cells.clean_count(data.n_train, request.clean_rate)
         self.exclusion = {"exclude_poisoned": True} if request.exclude_poisoned else {}
 
     def node(self, kind: Kind, title: str, spec: Mapping[str, Any], **rest: Any) -> str:
@@ -122,6 +127,10 @@ class Builder:
         if key not in self.plan.nodes:
             self.plan.nodes[key] = Node(key, kind, title, full, order=len(self.plan.nodes), **rest)
         return key
+
+    def at(self, case: Case) -> str:
+        """What a title says of the clean rate: something only where there are several."""
+        return f", {100 * case.clean_rate:g} % clean" if len(self.request.clean_rates) > 1 else ""
 
     def surrogate(self, name: str) -> str:
         """A clean model of the victim's architecture, the attacker's own: one for all attacks and victim seeds."""
@@ -171,7 +180,7 @@ class Builder:
             **self.exclusion,
             "victim": case.victim,
             "inverter": inverter.identity,
-            "clean_rate": self.request.clean_rate,
+            "clean_rate": case.clean_rate,
             "augment": self.request.defend.params["augment"],
             "defense_seed": case.defense_seed,
             "precision": self.request.precision,
@@ -181,7 +190,7 @@ class Builder:
         """What the detector behind `text` says of the victim."""
         inverter = self.request.needed["inverter", text]
         methods = {"inverter": inverter, "model": self.request.model, "recipe": self.request.defend}
-        title = f"{inverter.label} verdict on {case.attack.label} {case.seed}"
+        title = f"{inverter.label} verdict on {case.name}{self.at(case)}"
         spec = self.inversion(case, inverter)
         return self.node("verdict", title, spec, inputs={"victim": case.victim}, methods=methods, **case.fields)
 
@@ -206,7 +215,7 @@ class Builder:
         if "trigger" in inverter.knows:
             methods["attack"] = attack
         return self.node(
-            "invert", f"{inverter.label} on {attack.label} {case.seed}", spec, inputs=inputs,
+            "invert", f"{inverter.label} on {case.name}{self.at(case)}", spec, inputs=inputs,
             methods={**methods, "recipe": request.defend}, target=attack.attack_target, **case.fields,
         )  # fmt: skip
 
@@ -221,12 +230,12 @@ class Builder:
             "recipe": request.defend.identity,
             "needs": needs,
             "target": attack.attack_target if "target" in defense.knows else None,
-            "clean_rate": request.clean_rate,
+            "clean_rate": case.clean_rate,
             "defense_seed": case.defense_seed,
             "precision": request.precision,
         }
         return self.node(
-            "defend", f"{defense.label} on {attack.label} {case.seed}", spec,
+            "defend", f"{defense.label} on {case.name}{self.at(case)}", spec,
             inputs={"victim": case.victim, **_roles(needs)},
             methods={"defense": defense, "model": request.model, "recipe": request.defend},
             target=attack.attack_target, **case.fields,
@@ -259,7 +268,10 @@ class Builder:
             out += waiting
         return out
 
-    def row(self, attack: Described, defense: Described | None, seed: int, defense_seed: int | None, key: str) -> Row:
+    def row(
+        self, attack: Described, defense: Described | None, seed: int, defense_seed: int | None, rate: float | None,
+        key: str,
+    ) -> Row:  # fmt: skip
         request = self.request
         resolved: dict[str, Any] = {
             "attack": dict(attack.identity),
@@ -285,10 +297,11 @@ class Builder:
         return Row(
             key=key, dataset=request.dataset.label, model=request.model.label, attack=attack.label,
             defense=BEFORE if defense is None else defense.label, victim_seed=seed, defense_seed=defense_seed,
-            clean_rate=None if defense is None else request.clean_rate, state="failed",
+            clean_rate=rate, state="failed",
             knows=() if defense is None else defense.told,
             uses_labels=None if defense is None else labels_used(defense, request.needed),
-            inverter=inverter, clean_n=None if defense is None else self.clean_n, target=attack.attack_target,
+            inverter=inverter, clean_n=None if rate is None else cells.clean_count(request.data.n_train, rate),
+            target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
             toy=request.data.toy, params=resolved,
         )  # fmt: skip
@@ -301,7 +314,7 @@ class Builder:
 
     def cell(
         self, attack: Described, seed: int, facing: Undefended, defense: Described | None = None,
-        defense_seed: int | None = None,
+        defense_seed: int | None = None, rate: float | None = None,
     ) -> None:  # fmt: skip
         after, undefined = None, ""
         triggers: list[str] = []
@@ -309,10 +322,10 @@ class Builder:
         shared: tuple[str, ...] = (facing.victim,)
         if defense is not None and "target" in defense.told and attack.attack_target is None:
             undefined = "the attack has no single target label"
-        elif defense is not None and defense_seed is not None:
-            case = Case(attack, seed, defense_seed, *facing)
+        elif defense is not None and defense_seed is not None and rate is not None:
+            case = Case(attack, seed, defense_seed, *facing, rate)
             repaired = self.defend(defense, case)
-            title = f"judge {defense.label} on {attack.label} {seed}"
+            title = f"judge {defense.label} on {case.name}{self.at(case)}"
             after = self.predict(repaired, facing.trial, title, seed, facing.before)
             own, shared = (repaired,), tuple(self.behind(repaired))
             inputs = self.plan.nodes[repaired].inputs
@@ -321,9 +334,9 @@ class Builder:
         if undefined and defense is not None:
             needs = [other.identity for other in self.methods_behind(defense)]
             recipe = self.request.defend.identity
-            about = {**self.exclusion, "clean_rate": self.request.clean_rate, "defense_seed": defense_seed}
+            about = {**self.exclusion, "clean_rate": rate, "defense_seed": defense_seed}
             spec["undefined"] = {**about, "defense": defense.identity, "needs": needs, "recipe": recipe}
-        row = self.row(attack, defense, seed, defense_seed, cells.key(spec))
+        row = self.row(attack, defense, seed, defense_seed, rate, cells.key(spec))
         roles = self.plan.nodes[facing.victim].inputs
         surrogates = tuple(key for role, key in roles.items() if role.startswith(NEED))
         trigger = triggers[0] if triggers else None
@@ -333,15 +346,17 @@ class Builder:
 
 
 def build(request: Request) -> Plan:
-    """The plan of a request: per attack and victim seed the undefended victim, then each defense and defense seed."""
+    """The plan of a request: per attack and victim seed the undefended victim, then each clean rate, defense and
+    defense seed."""
     builder = Builder(request)
     for attack in request.attacks:
         for seed in request.seeds:
             facing = builder.undefended(attack, seed)
             builder.cell(attack, seed, facing)
-            for defense in request.defenses:
-                for defense_seed in request.defense_seeds:
-                    builder.cell(attack, seed, facing, defense, defense_seed)
+            for rate in request.clean_rates:
+                for defense in request.defenses:
+                    for defense_seed in request.defense_seeds:
+                        builder.cell(attack, seed, facing, defense, defense_seed, rate)
     return builder.plan
 
 

@@ -44,6 +44,7 @@ class Options:
     precision: str = "auto"
     data_root: Path | None = None
     exclude_poisoned: bool = False
+    sweeps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Request:
     defend: Described
     seeds: Sequence[int]
     defense_seeds: Sequence[int]
-    clean_rate: float
+    clean_rates: Sequence[float]
     preset: str
     budget: str
     device: str
@@ -108,7 +109,9 @@ def resolve_precision(text: str, device: str) -> Precision:
     return "bf16" if text == "bf16" else "fp32"
 
 
-def _expand(registry: Registry, kind: Kind, text: str) -> tuple[list[Selection], frozenset[str]]:
+def _expand(
+    registry: Registry, kind: Kind, text: str, sweeps: Sequence[params.Sweep]
+) -> tuple[list[Selection], frozenset[str]]:
     """The selections of a list, and the labels of those that nobody typed.
 
     `all`: every method that is no control and knows neither trigger nor location.
@@ -128,7 +131,33 @@ def _expand(registry: Registry, kind: Kind, text: str) -> tuple[list[Selection],
     unique = [s for i, s in enumerate(out) if s.label not in labels[:i]]
     if not unique:
         raise UserError(f"--{kind}s {text!r}: expected at least one {kind}; see: bbmcl plugins")
-    return unique, frozenset(labels) - typed
+    many = [each for selection in unique for each in params.swept(selection, sweeps)]
+    return many, frozenset(labels) - typed
+
+
+def _clean_rates(options: Options, sweeps: Sequence[params.Sweep]) -> list[float]:
+    given = next((sweep.values for sweep in sweeps if sweep.name is None), [("", options.clean_rate)])
+    for _, rate in given:
+        if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= 1:
+            raise UserError(f"--clean-rate {rate}: expected a share above 0 and at most 1, as in 0.05")
+    return [float(rate) for _, rate in given]
+
+
+def _check_sweeps(sweeps: Sequence[params.Sweep], chosen: Sequence[Selection]) -> None:
+    """Raises UserError for a sweep of something that is not selected, or of one parameter twice."""
+    known = sorted({name for s in chosen for name in (s.name, s.name.rpartition("/")[2])})
+    for i, sweep in enumerate(sweeps):
+        if any((sweep.name, sweep.parameter) == (other.name, other.parameter) for other in sweeps[:i]):
+            raise UserError(f"--sweep {sweep.name or ''}{'.' * bool(sweep.name)}{sweep.parameter} is given twice")
+        if sweep.name in ("train", "defend"):
+            raise UserError(
+                f"--sweep {sweep.name}.{sweep.parameter}: a recipe holds for a whole table; use --set "
+                f"{sweep.name}.{sweep.parameter}=... in runs of their own"
+            )
+        if sweep.name is not None and sweep.name not in known:
+            close = difflib.get_close_matches(sweep.name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"this run has {', '.join(known)}"
+            raise UserError(f"--sweep {sweep.name}.{sweep.parameter}: no such attack or defense is selected; {hint}")
 
 
 class _Settings:
@@ -243,13 +272,14 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     """Everything that `options` asks for, checked. Raises UserError with one line for the first thing that is wrong."""
     preset = _one_of("--preset", options.preset, presets.PRESETS)
     seeds, defense_seeds = cells.seeds(options.seeds), cells.seeds(options.defense_seeds)
-    if not 0 < options.clean_rate <= 1:
-        raise UserError(f"--clean-rate {options.clean_rate}: expected a share above 0 and at most 1, as in 0.05")
+    sweeps = [params.sweep(line) for line in options.sweeps]
+    rates = _clean_rates(options, sweeps)
     overrides = params.overrides(list(options.overrides))
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    attacks, _ = _expand(registry, "attack", options.attacks)
-    defenses, untyped = _expand(registry, "defense", options.defenses)
+    attacks, _ = _expand(registry, "attack", options.attacks, sweeps)
+    defenses, untyped = _expand(registry, "defense", options.defenses, sweeps)
+    _check_sweeps(sweeps, [*attacks, *defenses])
     for selection in defenses:
         if selection.name == BEFORE:
             raise UserError(f"--defenses {BEFORE!r}: the undefended victim is always part of the table; leave it out")
@@ -297,10 +327,11 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
                 f"{attack.label}: target={attack.attack_target}, but {dataset.label} has the labels 0 to "
                 f"{data.classes - 1}; set {attack.label.partition('(')[0]}.target"
             )
-    cells.clean_count(data.n_train, options.clean_rate)  # says so if that is no image at all
+    for rate in rates:
+        cells.clean_count(data.n_train, rate)  # says so if that is no image at all
     return Request(
         dataset, data, model, found_attacks, found_defenses, needed, train, defend,
-        seeds, defense_seeds, options.clean_rate, preset, budget, device, precision, options.exclude_poisoned,
+        seeds, defense_seeds, rates, preset, budget, device, precision, options.exclude_poisoned,
         tuple(left_out),
     )  # fmt: skip
 

@@ -220,7 +220,7 @@ def run_matrix(
     store = Store(settings.runs)
     try:
         grants = Grants(
-            asked.data, store, clean_rate=asked.clean_rate, device=asked.device, precision=asked.precision,
+            asked.data, store, device=asked.device, precision=asked.precision,
             threads=using.threads, isolation=using.isolation, snapshot_every=settings.snapshot_every,
             exclude_poisoned=asked.exclude_poisoned,
         )  # fmt: skip

@@ -44,9 +44,9 @@ def run(asked: request.Request, builder: plan.Builder, store: Store, using: runn
             if store.stage(undefended[0]) is None:
                 raise SystemExit(f"no victim {attack.label} {seed} in {store.folder}: run bbmcl matrix first")
             for defense in asked.defenses:
-                builder.cell(attack, seed, undefended, defense, asked.defense_seeds[0])
+                builder.cell(attack, seed, undefended, defense, asked.defense_seeds[0], asked.clean_rates[0])
     grants = Grants(
-        asked.data, store, clean_rate=asked.clean_rate, device=asked.device, precision=asked.precision,
+        asked.data, store, device=asked.device, precision=asked.precision,
         threads=using.threads, isolation=using.isolation,
     )  # fmt: skip
     with Progress(len(builder.plan.cells)) as display:

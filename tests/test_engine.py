@@ -66,7 +66,7 @@ class Bench:
 def bench(tmp_path: Path, toy: None) -> Bench:
     asked = small.resolve(small.options("badnets,blend", "same"))
     grants = Grants(
-        asked.data, Store(tmp_path / "runs"), clean_rate=0.2, device="cpu", precision=asked.precision, threads=1,
+        asked.data, Store(tmp_path / "runs"), device="cpu", precision=asked.precision, threads=1,
         isolation="process", snapshot_every=0,
     )  # fmt: skip
     return Bench(tmp_path, plan.build(asked), grants)

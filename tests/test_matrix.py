@@ -262,9 +262,7 @@ def test_observers_see_every_row_and_cannot_stop_the_run(
     def bad(row: Row) -> None:
         raise RuntimeError("oops")
 
-    grants = Grants(
-        asked.data, store, clean_rate=0.2, device="cpu", precision=asked.precision, threads=1, isolation="process"
-    )
+    grants = Grants(asked.data, store, device="cpu", precision=asked.precision, threads=1, isolation="process")
     from backdoorbench_mcl import plan
 
     graph = plan.build(asked)

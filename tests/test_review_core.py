@@ -77,7 +77,7 @@ def specs(finished: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
     asked = small.resolve(TINY)
     graph = plan.build(asked)
     store = Store(finished)
-    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision="fp32", threads=1, isolation="process")
+    grants = Grants(asked.data, store, device="cpu", precision="fp32", threads=1, isolation="process")
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes.values():
         folder = tmp_path / f"{node.kind}-{node.gated_by is None}"
@@ -109,7 +109,7 @@ def test_the_judge_is_not_told_how_its_images_were_shuffled(specs: dict[str, dic
 def test_an_inversion_without_a_target_label_is_one_line(finished: Path, tmp_path: Path) -> None:
     asked = small.resolve(TINY)
     store = Store(finished)
-    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision="fp32", threads=1, isolation="process")
+    grants = Grants(asked.data, store, device="cpu", precision="fp32", threads=1, isolation="process")
     node = next(node for node in plan.build(asked).nodes.values() if node.kind == "invert")
     victim = store.stage(node.inputs["victim"])
     assert victim is not None
@@ -185,7 +185,7 @@ class Script:
 def run_with(engine: Any, runs: Path, graph: Plan | None = None) -> list[Row]:
     asked = small.resolve(TINY)
     store = Store(runs)
-    grants = Grants(asked.data, store, clean_rate=0.2, device="cpu", precision="fp32", threads=1, isolation="process")
+    grants = Grants(asked.data, store, device="cpu", precision="fp32", threads=1, isolation="process")
     graph = plan.build(asked) if graph is None else graph
     try:
         with Progress(len(graph.cells), live=False) as display:
@@ -373,7 +373,7 @@ def large(attacks: int, defenses: int, seeds: int) -> Request:
         [one("attack", f"a{i}", attack_target=5) for i in range(attacks)],
         [one("defense", f"d{i}", knows=("target",), needs=needs) for i in range(defenses)],
         {("inverter", "nc"): one("inverter", "nc")}, one("recipe", "train"), one("recipe", "defend"), range(seeds), [0],
-        0.05, "paper", "full", "cpu", "fp32",
+        [0.05], "paper", "full", "cpu", "fp32",
     )  # fmt: skip
 
 
@@ -404,7 +404,7 @@ def test_looking_again_asks_the_store_nothing(tmp_path: Path) -> None:
     """Otherwise every message of a job would cost a query a cell, and the driver a core."""
     asked = large(10, 9, 10)
     store = CountingStore(tmp_path / "runs")
-    grants = Grants(asked.data, store, clean_rate=0.05, device="cpu", precision="fp32", threads=1, isolation="process")
+    grants = Grants(asked.data, store, device="cpu", precision="fp32", threads=1, isolation="process")
     graph = plan.build(asked)
     with Progress(1000, live=False) as display:
         matrix = Matrix(graph, store, grants, Local(1), display)

@@ -51,9 +51,14 @@ def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
     return out
 
 
+def _values(given: Any) -> str:
+    return ",".join(map(repr, given)) if isinstance(given, list) else repr(given)
+
+
 def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
     """Options of `--config FILE.toml` by parameter name: `attacks = "badnets"`, `seeds = "0-2"`, and for `--set` either
-    a list or tables, `[set.mcldef]` with `temperature = 0.1`. known: the options' names, with hyphens.
+    a list or tables, `[set.mcldef]` with `temperature = 0.1`; for `--sweep` likewise, with lists of values. known: the
+    options' names, with hyphens.
 
     Raises UserError for a file that cannot be read, a key that is no option, or a value of no use.
     """
@@ -72,7 +77,9 @@ def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
             raise UserError(f"--config {file}: unknown option {key!r}; {hint}")
         if name == "set" and isinstance(value, Mapping):
             value = [f"{method}.{p}={v!r}" for method, table in value.items() for p, v in dict(table).items()]
-        elif isinstance(value, list) and name != "set":
+        elif name == "sweep" and isinstance(value, Mapping):
+            value = [f"{method}.{p}={_values(v)}" for method, table in value.items() for p, v in dict(table).items()]
+        elif isinstance(value, list) and name not in ("set", "sweep"):
             value = ",".join(map(str, value))
         out[_PARAMETER.get(name, name.replace("-", "_"))] = value
     return out
