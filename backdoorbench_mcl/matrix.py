@@ -32,7 +32,9 @@ WEAK = "weak attack"
 READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("labels", "modules", "detected")}
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
 _QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
-TYPED = ("dataset", "model", "attack", "defense", "inverter", "preset", "budget")  # may differ at equal keys
+TYPED = (  # what may differ at equal keys
+    "dataset", "model", "attack", "defense", "inverter", "preset", "budget", "overrides",
+)  # fmt: skip
 POLL = 1.0  # seconds between two looks at what other drivers have stored
 Observer = Callable[[Row], object]
 
@@ -351,7 +353,7 @@ class Matrix:
         gate = self._gate(cell, before)
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
-            surrogate=self._surrogate(cell),
+            ftr_before=before["ftr"], surrogate=self._surrogate(cell),
         )  # fmt: skip
         return dataclasses.replace(cell, row=row)
 

@@ -303,7 +303,7 @@ class Builder:
             inverter=inverter, clean_n=None if rate is None else cells.clean_count(request.data.n_train, rate),
             target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
-            toy=request.data.toy, params=resolved,
+            toy=request.data.toy, overrides=tuple(request.overrides), params=resolved,
         )  # fmt: skip
 
     def undefended(self, attack: Described, seed: int) -> Undefended:

@@ -70,6 +70,7 @@ class Request:
     precision: Precision
     exclude_poisoned: bool = False
     left_out: Sequence[str] = ()
+    overrides: Sequence[str] = ()
 
 
 def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
@@ -332,7 +333,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     return Request(
         dataset, data, model, found_attacks, found_defenses, needed, train, defend,
         seeds, defense_seeds, rates, preset, budget, device, precision, options.exclude_poisoned,
-        tuple(left_out),
+        tuple(left_out), tuple(options.overrides),
     )  # fmt: skip
 
 

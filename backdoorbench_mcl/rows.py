@@ -13,6 +13,7 @@ from typing import Any, Literal
 State = Literal["ok", "n/a", "failed", "killed", "timeout", "diverged"]
 FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
 SCHEMA = 1
+_TUPLES = ("knows", "strays", "overrides")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Row:
     ftr_n: int | None = None
     der: float | None = None
     tca_before: float | None = None
+    ftr_before: float | None = None
     gate: str = ""  # "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
     seconds: float | None = None  # this cell alone
     seconds_shared: float | None = None  # with the stages that it shares with others (inversion)
@@ -81,6 +83,7 @@ class Row:
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False
+    overrides: tuple[str, ...] = ()  # the `--set` lines of the run, which depart from preset and budget
     params: Mapping[str, Any] = field(default_factory=dict)  # resolved parameters of attack, model, defense, recipes
     versions: Mapping[str, str] = field(default_factory=dict)
     stages: Mapping[str, str] = field(default_factory=dict)  # stage kind -> stage key
@@ -89,7 +92,8 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """A JSON-ready dict with every field, in the order of declaration."""
         out = asdict(self)
-        out["knows"], out["strays"] = list(self.knows), list(self.strays)
+        for name in _TUPLES:
+            out[name] = list(out[name])
         return out
 
     @classmethod
@@ -97,6 +101,6 @@ class Row:
         """The row behind `as_dict`; fields of a newer version are dropped, absent ones take their default."""
         known = {f.name for f in fields(cls)}
         given = {k: v for k, v in data.items() if k in known}
-        for name in ("knows", "strays"):
+        for name in _TUPLES:
             given[name] = tuple(given.get(name) or ())
         return cls(**given)

@@ -105,9 +105,9 @@ def test_help_names_every_option_of_the_issue(call: Call) -> None:
     answer = call("matrix", "--help")
     assert answer.status == 0
     for option in (
-        "attacks", "defenses", "dataset", "model", "seeds", "defense-seeds", "clean-rate", "preset", "budget", "set", "sweep",
-        "device", "precision", "workers", "threads-per-job", "timeout", "isolation", "no-retry", "runs", "data-root",
-        "format", "config", "dry-run",
+        "attacks", "defenses", "dataset", "model", "seeds", "defense-seeds", "clean-rate", "preset", "budget", "set",
+        "sweep", "device", "precision", "workers", "threads-per-job", "timeout", "isolation", "no-retry", "runs",
+        "data-root", "format", "config", "dry-run",
     ):  # fmt: skip
         assert f"--{option}" in answer.out, option
 

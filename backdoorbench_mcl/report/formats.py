@@ -29,17 +29,19 @@ def as_markdown(blocks: Sequence[Block], detail: bool) -> str:
         body = [
             [md(notes.attack(line)), *(text for cell in line.cells for text in _md_cell(cell))] for line in block.lines
         ]
-        parts.append(_pipes(head, body, left=1))
+        parts.append(as_pipes(head, body, left=1))
         below = [*notes.legend(block, "**Bold**: best, <u>underlined</u>: second best"), *notes.failures(block)]
         parts.append("\n".join(f"- {line if i == 0 and '<u>' in line else md(line)}" for i, line in enumerate(below)))
         rows = notes.details(block) if detail else []
         if rows:
-            table = _pipes(["attack", "defense", *notes.DETAILS], [[md(text) for text in row] for row in rows], left=2)
+            table = as_pipes(
+                ["attack", "defense", *notes.DETAILS], [[md(text) for text in row] for row in rows], left=2
+            )
             parts += [f"**{notes.DETAILS_TITLE}**", table, notes.DETAILS_LEGEND]
     return "\n\n".join(parts)
 
 
-def _pipes(head: list[str], body: list[list[str]], left: int) -> str:
+def as_pipes(head: list[str], body: list[list[str]], left: int) -> str:
     from tabulate import tabulate  # 30 ms, for this format only
 
     align = ["left"] * left + ["right"] * (len(head) - left)
@@ -89,24 +91,24 @@ def as_latex(blocks: Sequence[Block], detail: bool) -> str:
         rules = "".join(rf"\cmidrule(lr){{{2 * i + 2}-{2 * i + 3}}}" for i in range(len(block.columns)))
         sub = " & ".join(["attack", *(["ASR", "BA"] * len(block.columns))])
         body = [" & ".join([tex(notes.attack(line)), *map(_tex_cell, line.cells)]) for line in block.lines]
-        table = _tabular("l" + "rr" * len(block.columns), [f"{head} \\\\\n{rules}\n{sub}"], body)
+        table = tabular("l" + "rr" * len(block.columns), [f"{head} \\\\\n{rules}\n{sub}"], body)
         below = notes.legend(block, "Bold: best, underlined: second best") + notes.failures(block)
         title = f"{banner} {block.title}" if block.toy else block.title
-        parts.append(_float(title, table, [tex(line) for line in below]))
+        parts.append(tex_float(title, table, [tex(line) for line in below]))
         rows = notes.details(block) if detail else []
         if rows:
             names = [" & ".join(map(tex, ["attack", "defense", *notes.DETAILS]))]
-            table = _tabular("ll" + "r" * len(notes.DETAILS), names, [" & ".join(map(tex, row)) for row in rows])
-            parts.append(_float(f"{notes.DETAILS_TITLE}: {title}", table, [tex(notes.DETAILS_LEGEND)]))
+            table = tabular("ll" + "r" * len(notes.DETAILS), names, [" & ".join(map(tex, row)) for row in rows])
+            parts.append(tex_float(f"{notes.DETAILS_TITLE}: {title}", table, [tex(notes.DETAILS_LEGEND)]))
     return "\n\n".join(parts)
 
 
-def _tabular(columns: str, head: list[str], body: list[str]) -> str:
+def tabular(columns: str, head: list[str], body: list[str]) -> str:
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *(f"{line} \\\\" for line in head), r"\midrule"]
     return "\n".join([*lines, *(f"{line} \\\\" for line in body), r"\bottomrule", r"\end{tabular}"])
 
 
-def _float(caption: str, tabular: str, below: list[str]) -> str:
+def tex_float(caption: str, tabular: str, below: list[str]) -> str:
     foot = "\\\\\n".join(below)
     return "\n".join(
         [r"\begin{table}[tp]", r"\centering\small", rf"\caption{{{tex(caption)}}}", tabular, "", r"\smallskip",

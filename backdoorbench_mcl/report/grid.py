@@ -51,6 +51,7 @@ class Cell:
     asr_rank: Rank = ""
     ba_rank: Rank = ""
     tag: str = ""  # "2/3" where runs failed, "n=5" where a cell has another number of runs than its neighbours
+    undefined: str = "n/a"  # what stands where the method has no meaning for the attack
 
     @property
     def ok(self) -> tuple[Row, ...]:
@@ -65,7 +66,7 @@ class Cell:
         if all(row.state == "n/a" and row.gate == "weak" for row in self.runs):
             return "n/a (weak attack)"
         present = {row.state for row in self.runs}
-        return "/".join(state for state in STATES if state in present)
+        return self.undefined if present == {"n/a"} else "/".join(state for state in STATES if state in present)
 
     @property
     def ranked(self) -> bool:

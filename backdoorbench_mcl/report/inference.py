@@ -1,0 +1,242 @@
+"""What may be concluded from a block: spread per cell, paired differences with Holm's correction, McNemar on one pair.
+
+Victims are the unit (spec 12.2). Cells at their floor are not tested on ASR against each other, and no test is made
+that could not come out significant: the sheet says so instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..rows import Row
+from . import notes, statistics
+from .grid import Block, Cell, Column, Line
+from .paper import nested
+from .sheets import Sheet
+from .statistics import Difference
+
+METRICS = (("asr", "ASR"), ("ba", "BA"), ("ba_nt", "BA nt"), ("tca", "TCA"))
+TESTED = (("asr", "ASR"), ("ba", "BA"))
+PREFERRED = "mcldef"  # the defense that others are compared with, where nobody names one
+Predictions = Callable[[Row], "Judged | None"]
+
+
+class Judged(NamedTuple):
+    """Per test image, of one row: whether its clean version was classified right, and whether its trigger fired.
+
+    Both bool; right: (N,), fired: (M,) over the images that the attack counts.
+    """
+
+    right: NDArray[np.bool_]
+    fired: NDArray[np.bool_]
+
+
+def sheets(blocks: Sequence[Block], against: str | None = None, predictions: Predictions | None = None) -> list[Sheet]:
+    """Spread and tests of every block. against: the label of the defense to compare with; predictions: what a row's
+    model said, None where that is not stored.
+    """
+    out = []
+    for block in blocks:
+        out.append(_spread(block))
+        reference = _reference(block, against)
+        if reference is not None:
+            out.append(_tests(block, reference, predictions))
+    return out
+
+
+def _reference(block: Block, against: str | None) -> Column | None:
+    defended = [column for column in block.columns if not column.before]
+    if len(defended) < 2:
+        return None
+    named = [column for column in defended if column.label == (against or PREFERRED)]
+    return named[0] if named else defended[0]
+
+
+# ---------------------------------------------------------------- spread
+
+
+def _spread(block: Block) -> Sheet:
+    """A line per cell: number of victims and runs, and for each metric mean, sd, range, interval."""
+    body = []
+    for line in block.lines:
+        for cell, column in zip(line.cells, block.columns, strict=True):
+            if cell is None or not cell.ok:
+                continue
+            found = {name: statistics.summary(nested(cell.ok, name)) for name, _ in METRICS}
+            most = max((s for s in found.values() if s), key=lambda s: s.runs, default=None)
+            if most is None:
+                continue
+            numbers = [_summary(found[name]) for name, _ in METRICS]
+            body.append((notes.attack(line), notes.heading(column), f"{most.victims} x {_draws(cell)}", *numbers))
+    below = []
+    victims = max((len({row.victim_seed for row in cell.ok}) for _, _, cell in _cells(block)), default=0)
+    if victims < statistics.MIN_VICTIMS:
+        below.append(
+            f"No interval: {statistics.MIN_VICTIMS} victims are needed for one, this table has {_count(victims)}."
+        )
+    else:
+        below.append("In brackets: 95 % bootstrap interval of the mean, victims first and then the draws on each.")
+    return Sheet(
+        f"Spread: {block.title}", ("attack", "defense", "n", *(title for _, title in METRICS)), tuple(body), 2,
+        ("n: victims x defense seeds. mean ± sd over victims (over draws where there is one victim), then min to max "
+         "of the victims' means.", *below),
+    )  # fmt: skip
+
+
+def _cells(block: Block) -> list[tuple[Line, Column, Cell]]:
+    return [
+        (line, column, cell)
+        for line in block.lines
+        for cell, column in zip(line.cells, block.columns, strict=True)
+        if cell is not None and cell.ok
+    ]
+
+
+def _count(victims: int) -> str:
+    return f"{victims}" if victims else "none"
+
+
+def _draws(cell: Cell) -> str:
+    counts = sorted({len([r for r in cell.ok if r.victim_seed == v]) for v in {row.victim_seed for row in cell.ok}})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+
+def _summary(found: statistics.Summary | None) -> str:
+    if found is None:
+        return notes.NONE
+    text = f"{found.mean:.2f}" + (f"±{found.sd:.2f}" if found.sd is not None else "")
+    if found.victims > 1:
+        text += f" {found.low:.2f} to {found.high:.2f}"
+    if found.interval is not None:
+        text += f" [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
+    return text
+
+
+# ---------------------------------------------------------------- tests
+
+
+class _Pair(NamedTuple):
+    line: Line
+    column: Column
+    first: Cell
+    second: Cell
+
+
+def _tests(block: Block, reference: Column, predictions: Predictions | None) -> Sheet:
+    """Differences reference - other in every attack and metric, corrected over attacks x rivals of a metric."""
+    place = block.columns.index(reference)
+    pairs = [
+        _Pair(line, column, first, cell)
+        for line in block.lines
+        if (first := line.cells[place]) is not None and first.ok and not line.flagged
+        for cell, column in zip(line.cells, block.columns, strict=True)
+        if cell is not None and cell.ok and not column.before and column is not reference
+    ]
+    title = f"{notes.heading(reference)} less each other defense: {block.title}"
+    found = {name: _family(pairs, name) for name, _ in TESTED}
+    testable = any(d is not None and d.p is not None for family in found.values() for d in family)
+    if pairs and not testable and predictions is not None:
+        return _single_pairs(pairs, title, predictions)
+    body = [
+        (notes.attack(pair.line), notes.heading(pair.column), *(
+            text for name, _ in TESTED for text in _difference(found[name][i], pair, name)))
+        for i, pair in enumerate(pairs)
+    ]  # fmt: skip
+    head = ("attack", "other", *(part for _, m in TESTED for part in (f"{m} diff.", "95 % interval", "p (Holm)", "dz")))
+    below = [
+        "Differences in points, paired by victim and defense seed; Holm's correction over attacks x defenses of a "
+        "metric; dz: mean / sd of the differences."
+    ]
+    whys = {d.why for family in found.values() for d in family if d is not None and d.why}
+    below += [f"No test: {why}." for why in sorted(whys)]
+    if any(pair.first.erased or pair.second.erased for pair in pairs):
+        below.append(f"{notes.ERASED} target class erased: not tested.")
+    return Sheet(title, head if body else (), tuple(body), 2, tuple(below) if body else ("Nothing to compare.",))
+
+
+def _family(pairs: Sequence[_Pair], name: str) -> list[Difference | None]:
+    found = [_paired(pair, name) for pair in pairs]
+    corrected = statistics.holm([None if d is None else d.p for d in found])
+    return [None if d is None else replace(d, p_holm=p) for d, p in zip(found, corrected, strict=True)]
+
+
+def _paired(pair: _Pair, name: str) -> Difference | None:
+    """None where the two may not be compared: a class deleted, or both at their floor."""
+    if pair.first.erased or pair.second.erased or (name == "asr" and pair.first.floor and pair.second.floor):
+        return None
+    return statistics.paired(*shared(pair.first.ok, pair.second.ok, name))
+
+
+def shared(first: Sequence[Row], second: Sequence[Row], name: str) -> tuple[dict[int, list[float]], ...]:
+    """A field of two cells by victim, of those (victim, defense seed) that both have finished."""
+    by = [{(row.victim_seed, row.defense_seed): row for row in rows if row.state == "ok"} for rows in (first, second)]
+    both = [key for key in by[0] if key in by[1]]
+    both = [key for key in both if all(getattr(rows[key], name) is not None for rows in by)]
+    out: list[dict[int, list[float]]] = [{}, {}]
+    for key in both:
+        for values, rows in zip(out, by, strict=True):
+            values.setdefault(key[0], []).append(float(getattr(rows[key], name)))
+    return out[0], out[1]
+
+
+def _difference(found: Difference | None, pair: _Pair, name: str) -> tuple[str, str, str, str]:
+    if found is None:
+        erased = pair.first.erased or pair.second.erased
+        return (notes.ERASED if erased else f"{notes.FLOOR} tied" if name == "asr" else notes.NONE), "", "", ""
+    mean = f"{found.mean:+.2f}"
+    if found.p is None or found.interval is None or found.dz is None:
+        return mean, "", "", ""
+    interval = f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
+    return mean, interval, p_text(found.p_holm), f"{found.dz:+.2f}"
+
+
+def p_text(value: float | None) -> str:
+    """A p value as printed, "" for none. Example: `<0.001`"""
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# ---------------------------------------------------------------- one victim: these two models only
+
+
+def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) -> Sheet:
+    """McNemar on stored predictions, of the smallest seeds that two cells share."""
+    body, missing = [], 0
+    for pair in pairs:
+        judged = _judged(pair, predictions)
+        if judged is None:
+            missing += 1
+            continue
+        numbers: list[str] = []
+        for a, b in ((judged[0].fired, judged[1].fired), (judged[0].right, judged[1].right)):
+            only = int((a & ~b).sum()), int((~a & b).sum())
+            p = statistics.mcnemar(*only)
+            numbers += [f"{100 * (only[0] - only[1]) / max(len(a), 1):+.2f}", f"{only[0]}:{only[1]}",
+                        "cannot fire" if p is None else p_text(p)]  # fmt: skip
+        body.append((notes.attack(pair.line), notes.heading(pair.column), *numbers))
+    head = ("attack", "other", "ASR diff.", "only one", "McNemar p", "BA diff.", "only one", "McNemar p")
+    below = [
+        "One victim: nothing can be said of the methods. These pairs of models only, of the first seeds: test images "
+        "that just one of the two gets (the reference : the other), exact McNemar, not corrected.",
+    ]
+    if any("cannot fire" in row for row in body):
+        below.append("cannot fire: fewer than 6 images tell the two apart, so no p could be below 0.05.")
+    if missing:
+        below.append(f"{missing} pair{'s' * (missing > 1)} without stored predictions left out.")
+    return Sheet(title, head if body else (), tuple(body), 2, tuple(below))
+
+
+def _judged(pair: _Pair, predictions: Predictions) -> tuple[Judged, Judged] | None:
+    by = [{(row.victim_seed, row.defense_seed): row for row in cell.ok} for cell in (pair.first, pair.second)]
+    both: list[Any] = sorted(set(by[0]) & set(by[1]))
+    if not both:
+        return None
+    first, second = (predictions(rows[both[0]]) for rows in by)
+    return None if first is None or second is None else (first, second)
+
+
+__all__ = ["METRICS", "PREFERRED", "Judged", "Predictions", "shared", "sheets"]

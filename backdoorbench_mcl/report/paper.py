@@ -1,0 +1,200 @@
+"""Our rows beside the numbers that the paper printed (spec 11, 12.2): which cell is which, and what may be said of it.
+
+The printed BA leaves out the target class, so it is compared with our BA_nt. Only what follows the printed protocol is
+compared at all, and only five victims or more at budget `full` allow a word about agreement.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from statistics import fmean
+from typing import Literal
+
+from .. import params
+from ..rows import Row
+from . import statistics
+from .grid import BEFORE, Block
+
+DATASETS = {"cifar10": "Cifar-10", "gtsrb": "GTSRB", "imagenet20": "ImageNet"}
+MODELS = {"cifar10": "wrn-16-1", "gtsrb": "wrn-16-1", "imagenet20": "resnet18"}
+IMAGES = {"cifar10": 9000, "gtsrb": 11969, "imagenet20": 950}  # test images outside the target class (spec 12.1)
+ATTACKS = {"badnets": "BadNets", "trojan": "Trojan", "blend": "Blend", "cl": "CL", "sig": "Sig"}
+DEFENSES = {
+    BEFORE: "Before", "ft": "FT", "nad": "NAD", "ibau": "I-BAU", "nc": "NC", "mcldef": "MCLDef", "mcldef+": "MCLDef+",
+    "mcldef(inverter=mesa)": "MESA", "mcldef(inverter=true)": "MCLDef(True)",
+}  # fmt: skip
+CLEAN_RATE = 0.05
+PINNED = {1: (), 2: (), 4: ("defend.augment=none",), 5: ("train.augment=crop+flip",)}  # what makes a table that table
+Verdict = Literal["", "consistent", "differs", "too wide to say"]
+
+ODDITIES = {
+    1: ("As printed, ImageNet / Trojan underlines NC 1.26 as second best although NAD has 1.05.",
+        "As printed, MCLDef on Sig has BA 73.81 here and 73.74 in Table 2, at the same ASR."),
+    2: ("As printed, MCLDef on Sig has BA 73.74 here and 73.81 in Table 1, at the same ASR.",),
+    4: ("As printed, Sig underlines FT's BA 80.09 as second best although I-BAU has 81.27.",
+        "The text says that MCLDef has the best BA in three of five attacks; the table shows four."),
+}  # fmt: skip
+"""What is odd about the printed tables, by table (spec 11.1). The values are kept as they are."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """One printed cell; None where the paper has a slash."""
+
+    table: int
+    dataset: str
+    attack: str
+    defense: str
+    asr: float | None
+    ba: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Our runs of one printed cell. asr, ba_nt: a mean per victim; the words are "" where nothing may be said."""
+
+    printed: Printed
+    dataset: str
+    asr: tuple[float, ...]
+    ba_nt: tuple[float, ...]
+    asr_word: Verdict
+    ba_word: Verdict
+    why: str  # why there is no word
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """Attack and defense, as printed."""
+        return self.printed.attack, self.printed.defense
+
+
+@cache
+def printed() -> tuple[Printed, ...]:
+    """Every cell of Tables 1, 2, 4 and 5, in the order of print."""
+    text = resources.files(__package__).joinpath("paper_tables.csv").read_text()
+
+    def number(value: str) -> float | None:
+        return None if value == "/" else float(value)
+
+    return tuple(
+        Printed(int(cell["table"]), cell["dataset"], cell["attack"], cell["defense"], number(cell["asr"]),
+                number(cell["ba"]))
+        for cell in csv.DictReader(text.splitlines())
+    )  # fmt: skip
+
+
+def find(row: Row, table: int) -> Printed | None:
+    """The cell of `table` that a row stands for by its labels, whatever its protocol; None where there is none."""
+    dataset = DATASETS.get(params.selection(row.dataset).name)
+    wanted = (table, dataset, ATTACKS.get(row.attack), DEFENSES.get(row.defense))
+    found = [c for c in printed() if (c.table, c.dataset, c.attack, c.defense) == wanted]
+    return found[0] if found else None
+
+
+def departure(row: Row, table: int) -> str:
+    """In what a row differs from the printed protocol, "" if in nothing that is known."""
+    name = params.selection(row.dataset).name
+    if row.toy or name not in DATASETS:
+        return f"{name} is no data set of the paper"
+    if row.model != MODELS[name]:
+        return f"{row.model} instead of {MODELS[name]}"
+    if row.preset == "clean":
+        return "preset clean is not the paper's protocol"
+    if row.clean_rate is not None and row.clean_rate != CLEAN_RATE:
+        return f"clean rate {100 * row.clean_rate:g} % instead of 5 %"
+    for section, expected in _augmentation(table, name).items():
+        found = row.params.get(section, {}).get("augment", expected)  # an undefended row has no recipe of a repair
+        if found != expected:
+            return f"{section}.augment={found} instead of {expected}"
+    others = [line for line in row.overrides if line.replace(" ", "") not in PINNED[table]]
+    return f"--set {' '.join(others)}" if others else ""
+
+
+def _augmentation(table: int, dataset: str) -> dict[str, str]:
+    """Augmentation of victims and of repairs: what tells the tables apart (spec 2.4, 4.7)."""
+    if dataset == "imagenet20":
+        return {"train": "resized-crop+flip", "defend": "resized-crop+flip"}
+    return {"train": "crop+flip" if table == 5 else "none", "defend": "none" if table == 4 else "crop+flip"}
+
+
+def compare(rows: Sequence[Row], table: int) -> list[Comparison]:
+    """Every cell of `table` for which there is a finished run, in the order of print.
+
+    Runs that depart from the printed protocol are left out; where all of a cell do, it is listed with the reason and
+    without numbers.
+    """
+    groups: dict[tuple[Printed, str], list[Row]] = {}
+    for row in rows:
+        cell = find(row, table)
+        if cell is not None and row.state == "ok":
+            groups.setdefault((cell, row.dataset), []).append(row)
+    order = {cell: i for i, cell in enumerate(printed())}
+    return [_compared(cell, dataset, group) for (cell, dataset), group in
+            sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))]  # fmt: skip
+
+
+def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
+    departures = [departure(row, cell.table) for row in rows]
+    fitting = [row for row, why in zip(rows, departures, strict=True) if not why]
+    asr, ba = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt"))
+    if not fitting:
+        return Comparison(cell, dataset, asr, ba, "", "", departures[0])
+    scaled = sorted({row.budget for row in fitting} - {"full"})
+    if scaled:
+        return Comparison(cell, dataset, asr, ba, "", "", f"scaled protocol (budget {', '.join(scaled)})")
+    images = IMAGES[params.selection(dataset).name]
+    words = [
+        _word(asr, cell.asr, images, statistics.ASR_WIDTH, logit=True),
+        _word(ba, cell.ba, images, statistics.BA_WIDTH, logit=False),
+    ]
+    why = f"n = {len(ba)}: fewer than {statistics.MIN_VICTIMS} victims" if len(ba) < statistics.MIN_VICTIMS else ""
+    return Comparison(cell, dataset, asr, ba, words[0], words[1], why)
+
+
+def _word(values: Sequence[float], value: float | None, images: int, width: float, *, logit: bool) -> Verdict:
+    """Spec 12.2: a prediction interval, because the printed number is one draw and not a mean."""
+    if value is None or not values:
+        return ""
+    if len(values) < statistics.MIN_VICTIMS:
+        return "too wide to say"
+    found = statistics.predicted(values, value, images, logit=logit)
+    if found is None:
+        return "too wide to say"
+    if not found.inside:
+        return "differs"
+    return "consistent" if found.half <= width else "too wide to say"
+
+
+def per_victim(rows: Sequence[Row], name: str) -> list[float]:
+    """Means of a field over the draws on each victim, in the order of victims."""
+    values = nested(rows, name)
+    return [fmean(values[victim]) for victim in sorted(values)]
+
+
+def nested(rows: Sequence[Row], name: str) -> Mapping[int, list[float]]:
+    """A field of finished rows by victim seed, finite values only."""
+    out: dict[int, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row.victim_seed, row.defense_seed or 0)):
+        value = getattr(row, name)
+        if row.state == "ok" and value is not None:
+            out.setdefault(row.victim_seed, []).append(float(value))
+    return statistics.finite(out)
+
+
+def restyle(block: Block) -> Block:
+    """A block with the paper's names, and a slash where a method has no meaning for an attack."""
+    lines = []
+    for line in block.lines:
+        cells = tuple(None if cell is None else replace(cell, undefined="/") for cell in line.cells)
+        lines.append(replace(line, label=ATTACKS.get(line.label, line.label), cells=cells))
+    columns = tuple(replace(c, label=DEFENSES.get(c.label, c.label)) for c in block.columns)
+    return replace(block, columns=columns, lines=tuple(lines))
+
+
+__all__ = [
+    "ATTACKS", "CLEAN_RATE", "DATASETS", "DEFENSES", "IMAGES", "MODELS", "ODDITIES", "PINNED", "Comparison", "Printed",
+    "compare", "departure", "find", "nested", "per_victim", "printed", "restyle",
+]  # fmt: skip

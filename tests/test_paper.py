@@ -1,0 +1,350 @@
+"""Our rows beside printed numbers: which cell is which, what may be said of it, and how claims are judged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from made import make
+
+from backdoorbench_mcl.report import claims, inference, paper, sheets
+from backdoorbench_mcl.report.grid import build
+from backdoorbench_mcl.rows import Row
+
+PAPER: dict[str, Any] = {
+    "params": {"train": {"augment": "none"}, "defend": {"augment": "crop+flip"}}, "preset": "paper", "budget": "full",
+}  # fmt: skip
+
+
+def row(attack: str, defense: str, asr: float, ba: float, victim: int = 0, **more: Any) -> Row:
+    return make(attack, defense, asr, ba, victim=victim, **{**PAPER, **more})
+
+
+def spread(
+    attack: str, defense: str, asr: float, ba: float, *, n: int = 5, wide: float = 0.3, **more: Any
+) -> list[Row]:
+    """n victims around two values; victims differ by the same amount in every defense, repairs by less."""
+    out = []
+    for v in range(n):
+        jitter = wide * (0.1 * np.sin(7 * v + len(defense)) + np.cos(v))
+        out.append(row(attack, defense, max(0.0, asr + jitter), ba + jitter, v, **more))
+    return out
+
+
+def test_every_printed_number_is_there() -> None:
+    cells = paper.printed()
+    assert len(cells) == 151
+    assert {(c.table, sum(o.table == c.table for o in cells)) for c in cells} == {(1, 66), (2, 25), (4, 30), (5, 30)}
+    assert next(c for c in cells if (c.table, c.attack, c.defense) == (2, "Sig", "MESA")).asr is None
+    assert next(c for c in cells if (c.table, c.attack, c.defense) == (1, "BadNets", "MCLDef")).ba == 82.19
+
+
+def test_a_row_finds_its_cell_by_its_labels() -> None:
+    found = paper.find(row("sig", "mcldef", 3.0, 73.0), 1)
+    assert found is not None
+    assert (found.asr, found.ba) == (3.56, 73.81)
+    assert paper.find(row("sig", "mcldef(clean_anchor=1.0)", 3.0, 73.0), 1) is None
+    assert paper.find(row("badnets(size=4)", "mcldef", 3.0, 73.0), 1) is None
+    assert paper.find(row("cl", "mcldef", 3.0, 73.0, dataset="gtsrb"), 1) is None
+    gtsrb = paper.find(row("blend", "mcldef", 3.0, 73.0, dataset="gtsrb(split=final)"), 1)
+    assert gtsrb is not None
+    assert gtsrb.asr == 0.32
+
+
+@pytest.mark.parametrize(
+    "table, change, says",
+    [
+        (1, {}, ""),
+        (1, {"preset": "authors"}, ""),
+        (4, {}, "defend.augment=crop+flip instead of none"),
+        (5, {}, "train.augment=none instead of crop+flip"),
+        (1, {"model": "resnet18"}, "resnet18 instead of wrn-16-1"),
+        (1, {"preset": "clean"}, "preset clean"),
+        (1, {"clean_rate": 0.01}, "clean rate 1 %"),
+        (1, {"toy": True, "dataset": "shapes"}, "shapes is no data set of the paper"),
+        (1, {"overrides": ("mcldef.temperature=0.1",)}, "--set mcldef.temperature=0.1"),
+    ],
+)
+def test_what_departs_from_the_printed_protocol_is_not_compared(table: int, change: dict[str, Any], says: str) -> None:
+    found = paper.departure(row("badnets", "mcldef", 2.0, 81.0, **change), table)
+    assert found.startswith(says)
+    assert bool(found) == bool(says)
+
+
+def test_the_pinned_line_of_a_table_is_no_departure() -> None:
+    four: dict[str, Any] = {"params": {"train": {"augment": "none"}, "defend": {"augment": "none"}}}
+    made = row("badnets", "ft", 2.0, 81.0, overrides=("defend.augment=none",), **four)
+    assert paper.departure(made, 4) == ""
+    assert paper.departure(made, 1) == "defend.augment=none instead of crop+flip"
+
+
+def test_five_victims_at_full_budget_allow_a_word() -> None:
+    close = paper.compare(spread("badnets", "mcldef", 2.3, 81.6), 1)
+    assert [(c.asr_word, c.ba_word, c.why) for c in close] == [("consistent", "consistent", "")]
+    assert close[0].label == ("BadNets", "MCLDef")
+    far = paper.compare(spread("badnets", "mcldef", 9.0, 70.0), 1)
+    assert [(c.asr_word, c.ba_word) for c in far] == [("differs", "differs")]
+    wide = paper.compare(spread("badnets", "mcldef", 3.0, 81.6, wide=3.0), 1)
+    assert [c.ba_word for c in wide] == ["too wide to say"]
+
+
+def test_the_compared_ba_leaves_out_the_target_class() -> None:
+    found = paper.compare([row("badnets", "mcldef", 2.0, 70.0)], 1)[0]
+    assert list(found.ba_nt) == pytest.approx([70.6])
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        (spread("badnets", "mcldef", 2.3, 81.6, n=4), "n = 4: fewer than 5 victims"),
+        (spread("badnets", "mcldef", 2.3, 81.6, budget="mid"), "scaled protocol (budget mid)"),
+    ],
+)
+def test_without_enough_there_is_no_word(rows: list[Row], says: str) -> None:
+    found = paper.compare(rows, 1)[0]
+    assert found.why == says
+    assert {found.asr_word, found.ba_word} <= {"", "too wide to say"}
+
+
+def test_draws_of_one_victim_count_once() -> None:
+    rows = [row("badnets", "mcldef", 2.0 + draw, 81.0, 0, draw=draw) for draw in range(3)]
+    assert list(paper.compare(rows, 1)[0].asr) == pytest.approx([3.0], abs=0.01)
+
+
+def test_names_of_the_paper_and_a_slash_for_what_has_no_meaning() -> None:
+    rows = [
+        row("sig", "before", 99.0, 84.0), row("sig", "mcldef", 3.0, 73.0),
+        replace(row("sig", "mcldef(inverter=mesa)", 0.0, 0.0), state="n/a", asr=None, ba=None, reason="no patch"),
+    ]  # fmt: skip
+    block = paper.restyle(build(rows)[0])
+    assert [c.label for c in block.columns] == ["Before", "MCLDef", "MESA"]
+    assert block.lines[0].label == "Sig"
+    cell = block.lines[0].cells[2]
+    assert cell is not None
+    assert cell.failure == "/"
+
+
+# ---------------------------------------------------------------- claims
+
+
+def table1(worse: str = "") -> list[Row]:
+    """Five attacks x five defenses as the paper claims them; `worse`: an attack on which mcldef is beaten."""
+    rows = []
+    for attack in claims.CIFAR:
+        rows += spread(attack, "before", 99.0, 83.0)
+        for i, rival in enumerate(claims.RIVALS):
+            rows += spread(attack, rival, 6.0 + i, 78.0 + 0.1 * i)
+        rows += spread(attack, "mcldef", 9.5 + 3 if attack == worse else 3.5, 81.0, tca=76.0)
+    return rows
+
+
+def verdict(rows: list[Row], claim: str) -> claims.Finding:
+    return next(finding for finding in claims.judge(rows) if finding.claim == claim)
+
+
+def test_claims_that_hold() -> None:
+    found = {finding.claim: finding.verdict for finding in claims.judge(table1())}
+    assert found["C1"] == "reproduced"
+    assert found["C2"] == "reproduced"
+    assert found["C10"] == "inconclusive"  # no spread of TCA over victims: nothing to test against
+    assert found["C4"] == found["C9"] == found["C3"] == "not run"
+
+
+def test_one_attack_is_enough_to_refute() -> None:
+    found = verdict(table1(worse="cl"), "C1")
+    assert found.verdict == "not reproduced"
+    assert "cl, ASR below ft: -6" in found.evidence
+
+
+def test_a_missing_attack_leaves_a_claim_open() -> None:
+    rows = [r for r in table1() if r.attack != "sig"]
+    found = verdict(rows, "C1")
+    assert found.verdict == "inconclusive"
+    assert "4 of 20 comparisons have not been run" in found.evidence
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"budget": "mid"}, "scaled protocol (budget mid)"),
+        ({"toy": True, "dataset": "shapes"}, "toy data set"),
+        ({"overrides": ("mcldef.temperature=0.1",)}, "departs from the protocol"),
+        ({"preset": "clean"}, "preset clean"),
+    ],
+)
+def test_another_protocol_gives_no_verdict(change: dict[str, Any], says: str) -> None:
+    found = verdict([replace(r, **change) for r in table1()], "C1")
+    assert found.verdict == "no verdict"
+    assert found.evidence.startswith(says)
+
+
+def test_few_victims_give_no_verdict() -> None:
+    found = verdict([r for r in table1() if r.victim_seed < 1], "C1")
+    assert found.verdict == "no verdict"
+    assert found.evidence.startswith("n = 1: fewer than 5 victims")
+    assert "badnets, ASR below ft:" in found.evidence
+
+
+def test_an_erased_class_wins_nothing() -> None:
+    rows = [replace(r, tca=1.0) if r.defense == "mcldef" else r for r in table1()]
+    found = verdict(rows, "C1")
+    assert found.verdict == "no verdict"  # nothing is left to compare
+    assert "target class erased" in found.evidence
+
+
+def test_cells_at_their_floor_are_tied() -> None:
+    rows = [replace(r, asr=1.0, asr_k=90, asr_n=9000) if r.defense in ("mcldef", "nc") else r for r in table1()]
+    found = verdict(rows, "C1")
+    assert "badnets, ASR below nc: tied at the floor" in found.evidence
+    assert found.verdict == "inconclusive"
+
+
+def test_a_model_that_says_the_target_always_is_not_at_its_floor() -> None:
+    rows = [
+        replace(r, asr=100.0, asr_k=9000, asr_n=9000, ftr=100.0, ftr_k=9000, ftr_n=9000, ftr_before=2.0)
+        if r.defense == "mcldef" else r for r in table1()
+    ]  # fmt: skip
+    assert verdict(rows, "C1").verdict in ("not reproduced", "inconclusive")
+    assert "tied" not in verdict(rows, "C1").evidence
+
+
+def test_augmentation_is_a_difference_in_differences() -> None:
+    none = {"params": {"train": {"augment": "none"}, "defend": {"augment": "none"}}, "key": None}
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, with_, without in (("ft", 10.0, 90.0), ("nad", 6.0, 50.0), ("mcldef", 2.0, 2.2)):
+            rows += spread(attack, defense, with_, 80.0)
+            rows += [replace(r, key=f"{r.key}none") for r in
+                     spread(attack, defense, without, 80.0, wide=1.0, params=none["params"])]  # fmt: skip
+    found = verdict(rows, "C5")
+    assert found.verdict == "reproduced"
+    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.evidence
+
+
+def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
+    rows = []
+    for attack in claims.CIFAR:
+        for tau, asr, ba in ((0.1, 1.0, 79.0), (0.5, 2.0, 80.0), (1, 4.0, 82.0)):
+            rows += spread(attack, f"mcldef(temperature={tau})", asr, ba, wide=0.1 * len(str(tau)))
+    found = verdict(rows, "C9")
+    assert found.verdict == "reproduced"
+    assert "badnets, ASR at 0.1 below 1: +3" in found.evidence
+
+
+def test_little_clean_data() -> None:
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, asr, ba in (("ft", 90.0, 70.0), ("nad", 80.0, 71.0), ("ibau", 85.0, 69.0), ("nc", 9.0, 70.0),
+                                 ("mcldef", 5.0, 72.0)):  # fmt: skip
+            rows += spread(attack, defense, asr, ba, clean_rate=0.01)
+    assert verdict(rows, "C7").verdict == "reproduced"
+    spared = [replace(r, asr=10.0) if r.defense == "ft" else r for r in rows]
+    assert verdict(spared, "C7").verdict != "reproduced"
+
+
+def test_the_target_class_is_spared_within_the_margin_only() -> None:
+    def changed(change: float) -> list[Row]:
+        return [
+            replace(r, tca=76.9 + change + 0.1 * np.cos(r.victim_seed)) if r.defense == "mcldef" else r
+            for r in table1()
+        ]
+
+    assert verdict(changed(-0.5), "C10").verdict == "reproduced"
+    assert verdict(changed(+0.5), "C10").verdict == "reproduced"
+    assert verdict(changed(-28.0), "C10").verdict == "not reproduced"
+    assert verdict(changed(-2.0), "C10").verdict == "inconclusive"
+
+
+def test_the_sheet_of_claims() -> None:
+    sheet = claims.sheet(table1(worse="cl"), ["C1", "C9"])
+    assert [(line[0], line[2]) for line in sheet.body] == [("C1", "not reproduced"), ("C9", "not run")]
+    assert len(sheet.below) == 1
+    assert sheets.as_text([sheet], 100).startswith("Claims")
+
+
+# ---------------------------------------------------------------- spread and tests
+
+
+def two(n: int, difference: float = 2.0) -> list[Row]:
+    rows = []
+    for v in range(n):
+        rows.append(row("badnets", "before", 99.0, 83.0, v))
+        for draw in range(2):
+            jitter = 0.2 * np.cos(3 * v + draw)
+            rows.append(row("badnets", "mcldef", 5 + 0.5 * v, 80.0, v, draw=draw))
+            rows.append(row("badnets", "ft", 5 + 0.5 * v + difference + jitter, 80.0 + jitter, v, draw=draw))
+    return rows
+
+
+def test_paired_differences_with_holm_and_effect_size() -> None:
+    found = inference.sheets(build(two(5)))
+    spread_, tests = found
+    assert spread_.body[1][:3] == ("badnets", "mcldef", "5 x 2")
+    assert "[" in spread_.body[1][3]  # an interval
+    (line,) = tests.body
+    assert line[:2] == ("badnets", "ft")
+    assert line[2].startswith("-2.")
+    assert line[4] == "<0.001"
+    assert tests.title.startswith("mcldef less each other defense")
+
+
+def test_one_victim_is_never_tested() -> None:
+    found = inference.sheets(build(two(1)))
+    assert found[0].below[-1].startswith("No interval: 5 victims are needed for one, this table has 1")
+    (line,) = found[1].body
+    assert line[3:6] == ("", "", "")
+    assert any("one victim: a test over victims cannot come out significant" in text for text in found[1].below)
+
+
+def test_one_victim_with_predictions_is_a_pair_of_models() -> None:
+    def said(one: Row) -> inference.Judged:
+        fired = np.zeros(100, bool)
+        fired[: 2 if one.defense == "mcldef" else 30] = True
+        right = np.ones(200, bool)
+        right[:3] = one.defense == "mcldef"
+        return inference.Judged(right, fired)
+
+    found = inference.sheets(build(two(1)), predictions=said)
+    (line,) = found[1].body
+    assert line == ("badnets", "ft", "-28.00", "0:28", "<0.001", "+1.50", "3:0", "cannot fire")
+    assert "These pairs of models only" in found[1].below[0]
+
+
+def test_predictions_that_are_gone_are_counted() -> None:
+    found = inference.sheets(build(two(1)), predictions=lambda one: None)
+    assert found[1].body == ()
+    assert "1 pair without stored predictions left out." in found[1].below
+
+
+def test_floor_ties_and_erased_classes_are_not_tested() -> None:
+    low = [replace(r, asr=1.0, asr_k=90, asr_n=9000) if r.defense != "before" else r for r in two(5)]
+    assert inference.sheets(build(low))[1].body[0][2] == "≈ tied"
+    erased = [replace(r, tca=1.0) if r.defense == "ft" else r for r in two(5)]
+    assert inference.sheets(build(erased))[1].body[0][2] == "×"
+
+
+def test_only_draws_that_both_have_finished_are_paired() -> None:
+    rows = [r for r in two(2) if not (r.defense == "ft" and r.victim_seed == 0 and r.defense_seed == 1)]
+    first, second = inference.shared(
+        [r for r in rows if r.defense == "ft"], [r for r in rows if r.defense == "mcldef"], "asr"
+    )
+    assert {v: len(x) for v, x in first.items()} == {v: len(x) for v, x in second.items()} == {0: 1, 1: 2}
+
+
+def test_the_reference_may_be_named() -> None:
+    assert inference.sheets(build(two(2)), against="ft")[1].title.startswith("ft less each other defense")
+
+
+def test_sheets_print_in_every_format() -> None:
+    one = sheets.Sheet("A & B", ("x", "y", "n"), (("a|b", "_c_", "1.00"), ("a|b", "d", "12.00")), 2, ("100 % of it",))
+    text = sheets.as_text([one], 40).splitlines()
+    assert text == ["A & B", "", "x    y        n", "a|b  _c_   1.00", "     d    12.00", "", "100 % of it"]
+    markdown = sheets.as_markdown([one])
+    assert "a\\|b" in markdown
+    assert "\\_c\\_" in markdown
+    latex = sheets.as_latex([one])
+    assert r"A \& B" in latex
+    assert r"100 \% of it" in latex
+    assert r"\begin{tabular}{llr}" in latex
