@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 from .errors import UserError
 
 Role = Literal[
-    "poison", "trigger", "init", "order", "split", "invert", "stamp", "shuffle", "surrogate-init", "surrogate-order"
+    "poison",
+    "trigger",
+    "init",
+    "order",
+    "split",
+    "invert",
+    "stamp",
+    "shuffle",
+    "surrogate-init",
+    "surrogate-order",
+    "retune",
+    "embed",
 ]
 
 

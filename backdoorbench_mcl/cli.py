@@ -56,7 +56,11 @@ def _config(ctx: typer.Context, file: Path | None) -> Path | None:
 def _print_rows(rows: list[Row], fmt: FormatName) -> None:
     from . import report
 
-    print(report.render(rows, fmt, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    print(report.render(rows, fmt, color=_colour()))
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 @app.command()
@@ -82,6 +86,12 @@ def matrix(
         list[str] | None,
         typer.Option(metavar="NAME.PARAM=V1,V2,...", help="A column per value; also clean-rate=...; repeatable."),
     ] = None,
+    retune: Annotated[
+        int, typer.Option(metavar="N", help="Also teach each repaired model N (10-50) triggered images, and judge it.")
+    ] = 0,
+    clean_model: Annotated[
+        bool, typer.Option("--clean-model", help="Also run every defense on a clean model (the attack none).")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
@@ -101,11 +111,13 @@ def matrix(
 ) -> None:
     """Train backdoored models, repair them, print the grid. The same line again goes on where it stopped."""
     from . import runner
-    from .request import Options
+    from .request import CONTROL, Options
 
+    if clean_model:
+        attacks = f"{attacks},{CONTROL}"
     options = Options(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
-        precision, data_root, exclude_poisoned, tuple(sweep or ()),
+        precision, data_root, exclude_poisoned, tuple(sweep or ()), retune,
     )  # fmt: skip
     settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
     if dry_run:
@@ -114,6 +126,63 @@ def matrix(
     rows = runner.run_matrix(options, settings, announce=_say)
     _print_rows(rows, fmt)
     raise typer.Exit(runner.exit_status(rows))
+
+
+@app.command()
+def reproduce(
+    target: Annotated[str, typer.Argument(help="table1, table2, table4, table5, fig1, ..., or all.")],
+    dataset: Annotated[str, typer.Option(help="Data set.")] = "cifar10",
+    model: Annotated[str, typer.Option(help="Network; default: the paper's.", show_default=False)] = "",
+    seeds: Annotated[str, typer.Option(help="Victim seeds: 0-4.")] = "0",
+    defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
+    preset: Annotated[str, typer.Option(help="paper, authors or clean.")] = "paper",
+    budget: Annotated[
+        str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
+    threads_per_job: Annotated[
+        int | None, typer.Option(help="Default: 1 with several workers, else all cores.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds that one job may take.")] = None,
+    isolation: Annotated[str, typer.Option(help="auto, landlock, process or inline.")] = "auto",
+    retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
+    runs: Runs = DEFAULT_RUNS,
+    data_root: DataRoot = None,
+    fmt: Format = "table",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
+) -> None:
+    """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
+    from . import reproduce as pinned
+    from . import runner
+    from .request import Options
+
+    base = Options(
+        "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget, overrides=tuple(set_ or ()),
+        device=device, precision=precision, data_root=data_root,
+    )  # fmt: skip
+    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
+    if dry_run:
+        for name in pinned.targets(target):
+            one, options = pinned.planned(name, base)
+            print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
+        return
+    status = 0
+    rows: dict[str, Row] = {}
+    for found in pinned.reproduce(target, base, settings, fmt, color=_colour(), announce=_say):
+        rows |= {row.key: row for row in found.rows}
+        if fmt not in ("json", "csv"):
+            print("\n".join([found.text, "", *map(str, found.files)]), flush=True)
+        for problem in found.problems:
+            _say(f"bbmcl: {problem}")
+        status |= runner.exit_status(found.rows)
+    if fmt in ("json", "csv"):
+        _print_rows(list(rows.values()), fmt)
+    raise typer.Exit(status)
 
 
 @app.command()

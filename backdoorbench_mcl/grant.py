@@ -10,7 +10,10 @@
 |           | in `knows` the values: the place of the patch, or the attack itself with what it prepared           |
 | defend    | the victim's weights, the clean images (labels only if it uses them), the stages that it needs, and |
 |           | of what it declared in `knows` the values; never the poison indices or a test image                 |
+| retune    | a repaired model's weights, a few triggered test images with the attacker's labels, their clean     |
+|           | twins with the true ones                                                                            |
 | predict   | a model's weights and one shuffled array of images, clean and triggered, without labels or flags    |
+| embed     | the weights of a model and of its victim, clean and triggered test images apart                     |
 
 Free of torch.
 """
@@ -41,10 +44,13 @@ ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the s
     "verdict": ("init", "invert", "stamp"),
     "invert": ("init", "invert", "stamp"),
     "defend": ("init", "order"),
+    "retune": ("init", "order"),
     "predict": ("init",),
+    "embed": ("init",),
 }
 POISON_INDEX = "poison_index"  # in what an attack left: which training images it changed
 _CHUNK = 256  # triggered images copied at a time
+EMBEDDED = 5000  # points of an embedding at most (spec 10)
 LONG: frozenset[Kind] = frozenset({"surrogate", "train", "verdict", "invert", "defend"})  # jobs that leave snapshots
 GRANTABLE: Mapping[str, frozenset[str]] = {
     "inverter": frozenset({"target", "location", "trigger"}), "defense": frozenset({"target"}),
@@ -194,6 +200,47 @@ class Grants:
                 shuffled[places] = triggered[start : start + len(places)]
         shuffled.flush()
 
+    def _retune(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
+        clean, y = datacache.open_split(self.data, "test")
+        with safe_open(inputs["trial"] / "trial.safetensors", "np") as trial:
+            counted = np.flatnonzero(trial.get_tensor("counted"))
+            used = self._drawn("retune", node, counted, int(node.spec["images"]))
+            triggered = _picked(trial.get_slice("x"), used)
+            goal = trial.get_tensor("goal")[used]
+        x = np.concatenate([triggered, np.ascontiguousarray(clean[used])])
+        save_file(
+            {"x": x, "y": np.concatenate([goal, np.array(y[used])]).astype(np.int64)}, into / "retune.safetensors"
+        )
+        spec["used"] = used.tolist()
+
+    def _embed(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        """A fifth of the clean test images of each class (spec 10), half as many triggered ones and their twins."""
+        shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
+        shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "victim.safetensors")
+        x, y = datacache.open_split(self.data, "test")
+        labels = np.array(y)
+        most = 2 * EMBEDDED // 3 // self.data.classes
+        groups = [np.flatnonzero(labels == label) for label in range(self.data.classes)]
+        drawn = [self._drawn("embed", node, g, max(1, min(len(g) // 5, most))) for g in groups if len(g)]
+        plain = np.concatenate(drawn)
+        with safe_open(inputs["trial"] / "trial.safetensors", "np") as trial:
+            counted = np.flatnonzero(trial.get_tensor("counted"))
+            shown = self._drawn("embed", node, counted, max(1, len(plain) // 2))
+            triggered = _picked(trial.get_slice("x"), shown)
+        tensors: dict[str, NDArray[Any]] = {
+            "clean": np.ascontiguousarray(x[plain]), "y": labels[plain], "triggered": triggered,
+            "twins": np.ascontiguousarray(x[shown]),
+        }  # fmt: skip
+        save_file(tensors, into / "points.safetensors")
+
+    def _drawn(self, role: cells.Role, node: Node, among: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+        """`count` of the test images `among`, or all; the same ones for every model of a victim seed, sorted."""
+        rng = np.random.Generator(np.random.PCG64(cells.seed(role, self.data.hash, node.victim_seed)))
+        if len(among) == 0:
+            raise NotApplicable("the attack counts no test image")
+        return np.sort(rng.permutation(among)[:count])
+
     def shuffle(self, node: Node) -> NDArray[np.int64]:
         """Position in the shuffled array -> position in (clean test images, triggered test images)."""
         seed = cells.seed("shuffle", node.key, node.victim_seed, node.defense_seed)
@@ -221,6 +268,11 @@ class Grants:
             out / "predictions.safetensors",
         )
         (out / artefacts.META).write_text(json.dumps({"images": count}))
+
+
+def _picked(images: Any, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images of a stored array that may be larger than memory."""
+    return np.concatenate([images[int(i) : int(i) + 1] for i in index])
 
 
 def poisoned(victim: Path) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""The jobs that run in children: surrogate, train, trial, verdict, invert, defend, predict, data (design 3.5).
+"""The jobs that run in children: surrogate, train, trial, verdict, invert, defend, retune, predict, embed, data.
 
 A job is a folder: `spec.json` and `in/` before, `out/` and `result.json` after. It reads nothing else, but for the
 prepared data set that surrogate, train and trial are pointed to, and is pure: equal folders give equal `out/`.
@@ -27,6 +27,7 @@ from .confine import confine, interpreter_paths, watch
 from .errors import BbmclError, Diverged, NotApplicable, PluginError
 from .inversions import invert, verdict
 from .job import Job, Tick, attack_state, require_finite, weights_of
+from .probes import embed, retune
 
 _CHUNK = 32 << 20  # bytes of images worked on at once
 
@@ -274,7 +275,9 @@ BODIES: Mapping[str, Callable[[Job], None]] = {
     "verdict": verdict,
     "invert": invert,
     "defend": defend,
+    "retune": retune,
     "predict": predict,
+    "embed": embed,
     "data": data,
 }
 

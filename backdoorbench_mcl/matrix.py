@@ -116,9 +116,14 @@ class Matrix:
     def _load_finished(self) -> None:
         for i, cell in enumerate(self.plan.cells):
             stored = self.store.row(cell.key)
-            if stored is not None and stored.state in FINAL_STATES:
+            if stored is not None and stored.state in FINAL_STATES and not self._lacks(cell, stored):
                 self.rows[i] = dataclasses.replace(stored, **{name: getattr(cell.row, name) for name in TYPED})
                 self.display.cell(self.rows[i])
+
+    @staticmethod
+    def _lacks(cell: Cell, stored: Row) -> bool:
+        """Whether a stored row was scored without a stage beside the score that is now asked for."""
+        return stored.state == "ok" and not set(cell.extras) <= set(stored.stages)
 
     def _wanted(self) -> list[Node]:
         """Stages that an unfinished cell lacks, all of whose inputs exist, best first."""
@@ -139,8 +144,9 @@ class Matrix:
         for i, cell in enumerate(self.plan.cells):
             if i not in self.rows:
                 visit(cell.before)
-                if cell.after is not None:
-                    visit(cell.after)
+                for key in (cell.after, *cell.extras.values()):
+                    if key is not None:
+                        visit(key)
         busy = {job.node.key for job in self.running.values()}
         return sorted((node for key, node in ready.items() if key not in busy), key=lambda node: node.rank)
 
@@ -332,7 +338,7 @@ class Matrix:
             cause = self._cause(cell.before)
             return None if cause is None else self._failed(cell, cause)
         if cell.after is None and not cell.undefined:
-            return self._with_stages(self._undefended(cell, before), before)
+            return None if self._waits(cell) else self._with_stages(self._undefended(cell, before), before)
         if self._gate(cell, before) == "weak":
             return self._failed(self._undefended(cell, before), Failure("n/a", WEAK))
         if cell.after is None:
@@ -341,8 +347,14 @@ class Matrix:
         if after is None:
             cause = self._cause(cell.after)
             return None if cause is None else self._failed(self._undefended(cell, before), cause)
+        if self._waits(cell):
+            return None
         der = evaluate.der(before["asr"], after["asr"], before["ba"], after["ba"])
         return self._with_stages(self._undefended(cell, before), {**after, "der": der})
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether a stage beside the score is still to come; one that failed costs its field, not the row."""
+        return any(self._stage(key) is None and self._cause(key) is None for key in cell.extras.values())
 
     def _gate(self, cell: Cell, before: Mapping[str, Any]) -> evaluate.Gate:
         """Whether the attack was planted. All-to-all can only reach the goal of an image that the victim would know."""
@@ -411,6 +423,9 @@ class Matrix:
             elif meta:
                 named = ", ".join(map(str, meta["flagged"]))
                 extra["verdict"] = f"flagged {named}" if named else "clean"
+        extras = {name: key for name, key in cell.extras.items() if self._stage(key) is not None}
+        if "retuned" in extras:
+            extra.update(self._retuned(extras["retuned"]))
         worker = own[0] if own else judged
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         return dataclasses.replace(
@@ -422,8 +437,21 @@ class Matrix:
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,
-                    "before": cell.before, "predict": judged.key},
+                    "before": cell.before, "predict": judged.key, **extras},
         )  # fmt: skip
+
+    def _retuned(self, key: str) -> dict[str, Any]:
+        """What a re-tuned model does on the test images that its few steps did not see."""
+        try:
+            found = load_file(self._open(key) / "predictions.safetensors")
+        except Damaged as damage:
+            self.display.note(f"predictions of a re-tuned model are damaged, they are left out ({damage})")
+            return {}
+        used = self._meta(self.plan.nodes[key].inputs["weights"]).get("used", [])
+        found = {name: np.delete(values, used) for name, values in found.items()}
+        counted = found["counted"].astype(bool)
+        measured = evaluate.measure(found["clean"], found["triggered"], found["y"], found["goal"], counted)
+        return {"retuned_images": len(used), **{f"retuned_{name}": measured[name] for name in ("asr", "ftr", "ba")}}
 
     def _overlap(self, cell: Cell) -> int | None:
         """How many clean images are copies of poisoned ones (spec 2.5), None for the undefended victim."""

@@ -14,12 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from . import cells, evaluate
 from .registry import Described
-from .request import BEFORE, Request, labels_used, wanted_by
+from .request import BEFORE, CONTROL, Request, labels_used, wanted_by
 from .rows import Row
 
-Kind = Literal["surrogate", "train", "trial", "verdict", "invert", "defend", "predict"]
+Kind = Literal["surrogate", "train", "trial", "verdict", "invert", "defend", "retune", "predict", "embed"]
 _REMAINING: Mapping[Kind, int] = {
-    "surrogate": 6, "train": 5, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "predict": 1,
+    "surrogate": 6, "train": 5, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "retune": 2, "predict": 1,
+    "embed": 0,
 }  # fmt: skip
 NEED = "need-"  # role of an input that a method asked for, with the method's name for it
 
@@ -61,6 +62,7 @@ class Cell:
     surrogates: tuple[str, ...] = ()
     trigger: str | None = None  # the inversion that the defense itself asked for
     undefined: str = ""
+    extras: Mapping[str, str] = field(default_factory=dict)  # stages beside the score: "embed", "retuned" -> key
 
     @property
     def key(self) -> str:
@@ -303,8 +305,36 @@ class Builder:
             inverter=inverter, clean_n=None if rate is None else cells.clean_count(request.data.n_train, rate),
             target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
-            toy=request.data.toy, overrides=tuple(request.overrides), params=resolved,
+            toy=request.data.toy, overrides=self.overrides(attack, defense), params=resolved,
         )  # fmt: skip
+
+    def overrides(self, attack: Described, defense: Described | None) -> tuple[str, ...]:
+        """The `--set` lines that mean something in a row."""
+        methods = [self.request.dataset, self.request.model, self.request.train, attack, *self.methods_behind(attack)]
+        if defense is not None:
+            methods += [self.request.defend, defense, *self.methods_behind(defense)]
+        names = {name for m in methods for name in (m.label, m.full_name, m.full_name.rpartition("/")[2])}
+        return tuple(line for line in self.request.overrides if line.partition("=")[0].rpartition(".")[0] in names)
+
+    def retuned(self, weights: str, facing: Undefended, what: str, case: Case) -> str:
+        """The judgement of a model after a few steps on triggered images (spec 12.3, item 9)."""
+        spec = {"weights": weights, "trial": facing.trial, "images": self.request.retune, "version": 1,
+                "precision": self.request.precision}  # fmt: skip
+        inputs = {"weights": weights, "trial": facing.trial}
+        methods = {"model": self.request.model}
+        tuned = self.node("retune", f"re-tune {what}", spec, inputs=inputs, methods=methods, **case.fields)
+        return self.predict(tuned, facing.trial, f"judge re-tuned {what}", case.seed, facing.before)
+
+    def embed(self, weights: str, facing: Undefended, what: str, seed: int) -> str:
+        """The features of a model on clean and triggered test images, laid out in the plane (spec 10)."""
+        spec = {"weights": weights, "victim": facing.victim, "trial": facing.trial, "version": 1,
+                "precision": self.request.precision}  # fmt: skip
+        inputs = {"weights": weights, "victim": facing.victim, "trial": facing.trial}
+        gate = None if weights == facing.victim else facing.before
+        methods = {"model": self.request.model}
+        return self.node(
+            "embed", f"embed {what}", spec, inputs=inputs, methods=methods, victim_seed=seed, gated_by=gate
+        )
 
     def undefended(self, attack: Described, seed: int) -> Undefended:
         """Victim, its triggered test images, its predictions."""
@@ -318,6 +348,7 @@ class Builder:
     ) -> None:  # fmt: skip
         after, undefined = None, ""
         triggers: list[str] = []
+        extras: dict[str, str] = {}
         own: tuple[str, ...] = (facing.before,)
         shared: tuple[str, ...] = (facing.victim,)
         if defense is not None and "target" in defense.told and attack.attack_target is None:
@@ -328,8 +359,15 @@ class Builder:
             title = f"judge {defense.label} on {case.name}{self.at(case)}"
             after = self.predict(repaired, facing.trial, title, seed, facing.before)
             own, shared = (repaired,), tuple(self.behind(repaired))
+            what = f"{defense.label} on {case.name}{self.at(case)}"
+            if self.request.retune and attack.full_name.rpartition("/")[2] != CONTROL:
+                extras["retuned"] = self.retuned(repaired, facing, what, case)
+            if self.request.embed:
+                extras["embed"] = self.embed(repaired, facing, what, seed)
             inputs = self.plan.nodes[repaired].inputs
             triggers = [inputs[NEED + name] for name, need in defense.needs.items() if need["kind"] == "trigger"]
+        elif defense is None and self.request.embed:
+            extras["embed"] = self.embed(facing.victim, facing, f"{attack.label} {seed}", seed)
         spec = {"row": [facing.before, after], "evaluator": evaluate.EVALUATOR_VERSION}
         if undefined and defense is not None:
             needs = [other.identity for other in self.methods_behind(defense)]
@@ -341,7 +379,7 @@ class Builder:
         surrogates = tuple(key for role, key in roles.items() if role.startswith(NEED))
         trigger = triggers[0] if triggers else None
         self.plan.cells.append(
-            Cell(row, facing.victim, facing.before, after, own, shared, surrogates, trigger, undefined)
+            Cell(row, facing.victim, facing.before, after, own, shared, surrogates, trigger, undefined, extras)
         )
 
 

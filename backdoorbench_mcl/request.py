@@ -18,6 +18,7 @@ from .plugins import Kind, Offer
 from .registry import Described, Registry, Wanted
 
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
+NOTHING = "none"  # `--defenses none`: victims are trained and judged, that is all
 ORACLES = frozenset({"trigger", "location"})  # what a method knows that `all` leaves out
 BEFORE = "before"  # the label of the undefended victim
 Precision = Literal["fp32", "bf16"]
@@ -45,12 +46,15 @@ class Options:
     data_root: Path | None = None
     exclude_poisoned: bool = False
     sweeps: Sequence[str] = ()
+    retune: int = 0
+    embed: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
     """A resolved matrix. needed: the configured method behind every need, by its kind and text. left_out: labels of
-    defenses that `all` would have named if they were not told too much.
+    defenses that `all` would have named if they were not told too much. retune: triggered images for a re-tuning of
+    each repaired model, 0 for none; embed: lay out the features of every model.
     """
 
     dataset: Described
@@ -71,6 +75,8 @@ class Request:
     exclude_poisoned: bool = False
     left_out: Sequence[str] = ()
     overrides: Sequence[str] = ()
+    retune: int = 0
+    embed: bool = False
 
 
 def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
@@ -130,6 +136,8 @@ def _expand(
             out.extend(chosen)
     labels = [selection.label for selection in out]
     unique = [s for i, s in enumerate(out) if s.label not in labels[:i]]
+    if kind == "defense" and labels == [NOTHING]:
+        return [], frozenset()
     if not unique:
         raise UserError(f"--{kind}s {text!r}: expected at least one {kind}; see: bbmcl plugins")
     many = [each for selection in unique for each in params.swept(selection, sweeps)]
@@ -272,6 +280,8 @@ def _check_declarations(defense: Described, offer: Offer) -> None:
 def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Request:
     """Everything that `options` asks for, checked. Raises UserError with one line for the first thing that is wrong."""
     preset = _one_of("--preset", options.preset, presets.PRESETS)
+    if options.retune and not 10 <= options.retune <= 50:
+        raise UserError(f"--retune {options.retune}: expected 10 to 50 triggered images, or 0 for no re-tuning")
     seeds, defense_seeds = cells.seeds(options.seeds), cells.seeds(options.defense_seeds)
     sweeps = [params.sweep(line) for line in options.sweeps]
     rates = _clean_rates(options, sweeps)
@@ -318,7 +328,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     # an Entry declares what a method itself may know, not what reaches it by way of, say, its inverter
     left_out = [d.label for d in found_defenses if d.label in untyped and ORACLES & set(d.told)]
     found_defenses = [d for d in found_defenses if d.label not in left_out]
-    if not found_defenses:
+    if defenses and not found_defenses:
         raise UserError(f"--defenses {options.defenses!r}: every method is told the trigger or its location; name them")
 
     data = prepare(dataset, options.data_root, cells.key({"dataset": dataset.identity}))
@@ -333,7 +343,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     return Request(
         dataset, data, model, found_attacks, found_defenses, needed, train, defend,
         seeds, defense_seeds, rates, preset, budget, device, precision, options.exclude_poisoned,
-        tuple(left_out), tuple(options.overrides),
+        tuple(left_out), tuple(options.overrides), options.retune, options.embed,
     )  # fmt: skip
 
 

@@ -58,6 +58,10 @@ class Row:
     der: float | None = None
     tca_before: float | None = None
     ftr_before: float | None = None
+    retuned_images: int | None = None  # triggered images in a few further steps of the repaired model
+    retuned_asr: float | None = None  # after these steps, on the other test images
+    retuned_ftr: float | None = None
+    retuned_ba: float | None = None
     gate: str = ""  # "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
     seconds: float | None = None  # this cell alone
     seconds_shared: float | None = None  # with the stages that it shares with others (inversion)

@@ -153,7 +153,7 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
     return [
         f"data set {asked.dataset.label} ({asked.data.note}), model {asked.model.label}",
         *([_FOREIGN.format(height=height, width=width, preset=asked.preset)] if foreign else []),
-        f"attacks {', '.join(a.label for a in asked.attacks)}; defenses {', '.join(d.label for d in asked.defenses)}",
+        f"attacks {_names(asked.attacks)}; defenses {_names(asked.defenses)}",
         *(
             [f"note: `all` leaves out {', '.join(asked.left_out)}, told the trigger or its place"]
             if asked.left_out
@@ -163,6 +163,10 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
         f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"
         f"{'s' if using.threads > 1 else ''}, isolation {using.isolation}",
     ]
+
+
+def _names(methods: Sequence[Described]) -> str:
+    return ", ".join(method.label for method in methods) or "none"
 
 
 def dry_run(options: Options, settings: Settings) -> list[str]:
@@ -181,7 +185,7 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
     lines = [*summary(asked, using), f"{len(graph.cells)} cells in {settings.runs}"]
     for kind in get_args(plan.Kind):
-        if kinds[kind] or kind not in ("surrogate", "verdict"):
+        if kinds[kind] or kind not in ("surrogate", "verdict", "retune", "embed"):
             lines.append(f"  {kind:9} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
     return lines
 

@@ -155,7 +155,8 @@ def test_claims_that_hold() -> None:
 def test_one_attack_is_enough_to_refute() -> None:
     found = verdict(table1(worse="cl"), "C1")
     assert found.verdict == "not reproduced"
-    assert "cl, ASR below ft: -6" in found.evidence
+    assert "not: cl, ASR below ft: -6" in found.evidence
+    assert found.evidence.startswith("16 of 20 as claimed, 16 of them significantly")
 
 
 def test_a_missing_attack_leaves_a_claim_open() -> None:
@@ -184,7 +185,8 @@ def test_few_victims_give_no_verdict() -> None:
     found = verdict([r for r in table1() if r.victim_seed < 1], "C1")
     assert found.verdict == "no verdict"
     assert found.evidence.startswith("n = 1: fewer than 5 victims")
-    assert "badnets, ASR below ft:" in found.evidence
+    assert "20 of 20 as claimed" in found.evidence
+    assert found.details[0].startswith("badnets, ASR below ft:")
 
 
 def test_an_erased_class_wins_nothing() -> None:
@@ -220,7 +222,7 @@ def test_augmentation_is_a_difference_in_differences() -> None:
                      spread(attack, defense, without, 80.0, wide=1.0, params=none["params"])]  # fmt: skip
     found = verdict(rows, "C5")
     assert found.verdict == "reproduced"
-    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.evidence
+    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.details[0]
 
 
 def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
@@ -230,7 +232,7 @@ def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
             rows += spread(attack, f"mcldef(temperature={tau})", asr, ba, wide=0.1 * len(str(tau)))
     found = verdict(rows, "C9")
     assert found.verdict == "reproduced"
-    assert "badnets, ASR at 0.1 below 1: +3" in found.evidence
+    assert "badnets, ASR at 0.1 below 1: +3" in found.details[0]
 
 
 def test_little_clean_data() -> None:

@@ -241,7 +241,32 @@ def pairs(columns: Sequence[Any], one: Line) -> list[tuple[Any, Cell]]:
 # ---------------------------------------------------------------- one label, one thing
 
 
-@pytest.mark.parametrize("section", ["defense", "attack", "model", "train"])
+def test_two_recipes_are_two_tables_that_say_what_differs() -> None:
+    def params(train: str, defend: str | None) -> dict[str, Any]:
+        return {"train": {"augment": train, "lr": 0.1}, **({"defend": {"augment": defend}} if defend else {})}
+
+    rows = [
+        make("badnets", "before", 99.0, params=params("none", None), stages={"model": "a"}),
+        make("badnets", "ft", 4.0, params=params("none", "crop+flip"), stages={"model": "a"}),
+        make("badnets", "ft", 90.0, params=params("none", "none"), stages={"model": "a"}),
+        make("badnets", "before", 98.0, params=params("crop+flip", None), stages={"model": "b"}),
+        make("badnets", "ft", 3.0, params=params("crop+flip", "crop+flip"), stages={"model": "b"}),
+        make("blend", "before", 97.0, params=params("flip", None), stages={"model": "c"}),
+    ]
+    rows = [replace(row, key=f"{row.key} {i}") for i, row in enumerate(rows)]
+    blocks = build(rows)
+    assert [block.recipe for block in blocks] == [
+        ("train.augment=none", "defend.augment=crop+flip"), ("train.augment=none", "defend.augment=none"),
+        ("train.augment=crop+flip", "defend.augment=crop+flip"), ("train.augment=flip",),
+    ]  # fmt: skip
+    assert blocks[1].title.endswith("train.augment=none, defend.augment=none")
+    assert [[cell.asr.mean for cell in block.lines[0].cells if cell and cell.asr] for block in blocks] == [
+        [pytest.approx(99), pytest.approx(4)], [pytest.approx(99), pytest.approx(90)],
+        [pytest.approx(98), pytest.approx(3)], [pytest.approx(97)],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("section", ["defense", "attack", "model"])
 def test_one_label_with_two_settings_is_refused(section: str) -> None:
     rows = [make("badnets", "ft", 4.0, victim=v, params={section: {"lr": lr}}) for v, lr in enumerate((0.1, 0.01))]
     with pytest.raises(UserError, match=re.escape(f"stands for two settings in one table ({section}: lr=0.1 and lr=")):

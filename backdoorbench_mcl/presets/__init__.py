@@ -24,7 +24,8 @@ Settings = dict[str, dict[str, Any]]
 _PARAMETER = {"set": "set_", "format": "fmt"}  # options whose names Python keeps for itself
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """A TOML file of this package, without its ending."""
     return tomllib.loads(resources.files(__package__).joinpath(f"{name}.toml").read_text())
 
 
@@ -41,13 +42,13 @@ def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
     Example: `settings("paper", "mid", "cifar10")["train"]["epochs"]` is 15.
     """
     out: Settings = {}
-    own = _read(preset)
-    parts = ([_read(own["base"])] if "base" in own else []) + [own]
+    own = read(preset)
+    parts = ([read(own["base"])] if "base" in own else []) + [own]
     for part in parts:
         _merge(out, part)
     for part in parts:
         _merge(out, part.get("data", {}).get(dataset, {}))
-    _merge(out, _read("budgets")[budget])
+    _merge(out, read("budgets")[budget])
     return out
 
 
@@ -85,4 +86,4 @@ def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
     return out
 
 
-__all__ = ["BUDGETS", "PRESETS", "BudgetName", "PresetName", "Settings", "read_config", "settings"]
+__all__ = ["BUDGETS", "PRESETS", "BudgetName", "PresetName", "Settings", "read", "read_config", "settings"]

@@ -16,6 +16,7 @@ from typing import Literal
 
 from .. import params
 from ..evaluate import floor_raised, target_class_erased, tied_at_floor
+from ..presets.suite import pinned
 from ..rows import Row
 from . import paper, statistics
 from .inference import shared
@@ -27,6 +28,7 @@ POISONED_LABEL = ("badnets", "trojan", "blend")
 CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
+TABLES = (1, 2, 4, 5)
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -45,11 +47,12 @@ TEXTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """evidence: the numbers that the verdict rests on, or what is missing."""
+    """evidence: what the verdict rests on, or what is missing; details: every difference, positive as claimed."""
 
     claim: str
     verdict: Verdict
     evidence: str
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,20 @@ class Board:
         self.rows = [row for row in rows if row.state == "ok"]
 
     def get(
-        self, attack: str, defense: str, *, rate: float = paper.CLEAN_RATE, train: str | None = "none",
-        defend: str | None = "crop+flip",
+        self, attack: str, defense: str, *, rate: float = paper.CLEAN_RATE, train: bool | None = False,
+        defend: bool = True,
     ) -> list[Row]:  # fmt: skip
-        """The runs of one cell. train, defend: augmentation of victim and repair, None for any."""
+        """The runs of one cell. train, defend: whether victim and repair are augmented, train None for any."""
         return [
             row for row in self.rows
             if row.attack == attack and row.defense == defense and row.clean_rate == rate
-            and train in (None, row.params.get("train", {}).get("augment", train))
-            and defend in (None, row.params.get("defend", {}).get("augment", defend))
+            and train in (None, _augmented(row, "train", train)) and defend == _augmented(row, "defend", defend)
         ]  # fmt: skip
+
+
+def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
+    found = row.params.get(recipe, {}).get("augment")
+    return unknown if found is None else bool(found != "none")
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
@@ -108,18 +115,30 @@ def _verdict(claim: str, contrasts: Sequence[Contrast], rows: Sequence[Row], exp
     tested = [None if c.values is None else statistics.of_differences(c.values) for c in contrasts]
     corrected = statistics.holm([None if d is None else d.p for d in tested])
     found = [None if d is None else replace(d, p_holm=p) for d, p in zip(tested, corrected, strict=True)]
-    evidence = "; ".join(_told(c, d) for c, d in zip(contrasts, found, strict=True))
-    reason = _no_verdict(rows, found)
-    if reason:
-        return Finding(claim, "no verdict", f"{reason}. {evidence}")
-    if any(d is not None and d.significant and d.mean < 0 for d in found):
-        return Finding(claim, "not reproduced", evidence)
+    details = tuple(_told(c, d) for c, d in zip(contrasts, found, strict=True))
+    evidence = _evidence(found, details)
     missing = expected - len(contrasts)
     if missing > 0:
-        return Finding(claim, "inconclusive", f"{missing} of {expected} comparisons have not been run. {evidence}")
-    if all(d is not None and d.significant for d in found):
-        return Finding(claim, "reproduced", evidence)
-    return Finding(claim, "inconclusive", evidence)
+        evidence = f"{missing} of {expected} comparisons have not been run; {evidence}"
+    reason = _no_verdict(rows, found)
+    if reason:
+        return Finding(claim, "no verdict", f"{reason}; {evidence}", details)
+    if any(d is not None and d.significant and d.mean < 0 for d in found):
+        return Finding(claim, "not reproduced", evidence, details)
+    if missing <= 0 and all(d is not None and d.significant for d in found):
+        return Finding(claim, "reproduced", evidence, details)
+    return Finding(claim, "inconclusive", evidence, details)
+
+
+def _evidence(found: Sequence[Difference | None], details: Sequence[str]) -> str:
+    """How many differences are as claimed, and those that are not."""
+    good = [d for d in found if d is not None and d.mean > 0]
+    significant = sum(d.significant for d in good)
+    others = [text for d, text in zip(found, details, strict=True) if d is None or d.mean <= 0]
+    text = f"{len(good)} of {len(found)} as claimed"
+    if any(d is not None and d.p is not None for d in found):
+        text += f", {significant} of them significantly"
+    return text + (f"; not: {'; '.join(others)}" if others else "")
 
 
 def _no_verdict(rows: Sequence[Row], found: Sequence[Difference | None]) -> str:
@@ -130,9 +149,8 @@ def _no_verdict(rows: Sequence[Row], found: Sequence[Difference | None]) -> str:
         return f"scaled protocol (budget {', '.join(budgets)})"
     if any(row.preset == "clean" for row in rows):
         return "preset clean is not the paper's protocol"
-    overridden = sorted(
-        {line for row in rows for line in row.overrides} - {x for p in paper.PINNED.values() for x in p}
-    )
+    belong: frozenset[str] = frozenset().union(*map(pinned, TABLES))
+    overridden = sorted({line for row in rows for line in row.overrides} - belong)
     if overridden:
         return f"departs from the protocol: --set {' '.join(overridden)}"
     least = min((d.victims for d in found if d is not None), default=0)
@@ -207,11 +225,11 @@ _NAMES = {"ba": "BA", "ba_nt": "BA nt", "asr": "ASR"}
 
 def _c3(board: Board, dataset: str) -> list[Contrast]:
     """Best BA: above every rival. ASR among the best two: above the second best of the rivals in no test."""
-    train, defend = (None, None) if dataset == "imagenet20" else ("none", "crop+flip")
+    train = None if dataset == "imagenet20" else False
     out = []
     for attack in POISONED_LABEL:
-        ours = board.get(attack, OURS, train=train, defend=defend)
-        rivals = {rival: board.get(attack, rival, train=train, defend=defend) for rival in RIVALS}
+        ours = board.get(attack, OURS, train=train)
+        rivals = {rival: board.get(attack, rival, train=train) for rival in RIVALS}
         for rival, rows in rivals.items():
             out += _more(ours, rows, "ba_nt", f"{dataset} {attack}, BA nt above {rival}")
         means = {r: fmean(paper.per_victim(rows, "asr")) for r, rows in rivals.items() if paper.per_victim(rows, "asr")}
@@ -239,7 +257,7 @@ def _c5(board: Board) -> tuple[list[Contrast], int]:
     for attack in CIFAR:
         for rival in ("ft", "nad"):
             four = [paper.nested(board.get(attack, d, defend=a), "asr") for d in (rival, OURS)
-                    for a in ("none", "crop+flip")]  # fmt: skip
+                    for a in (False, True)]  # fmt: skip
             victims = [v for v in four[0] if all(v in cell for cell in four)]
             if victims:
                 a, b, c, d = ([fmean(cell[v]) for v in victims] for cell in four)
@@ -250,7 +268,7 @@ def _c5(board: Board) -> tuple[list[Contrast], int]:
 
 def _c6(board: Board) -> tuple[list[Contrast], int]:
     def get(attack: str, defense: str) -> list[Row]:
-        return board.get(attack, defense, train="crop+flip")
+        return board.get(attack, defense, train=True)
 
     contrasts = []
     for attack in POISONED_LABEL:

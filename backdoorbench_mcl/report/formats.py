@@ -34,10 +34,9 @@ def as_markdown(blocks: Sequence[Block], detail: bool) -> str:
         parts.append("\n".join(f"- {line if i == 0 and '<u>' in line else md(line)}" for i, line in enumerate(below)))
         rows = notes.details(block) if detail else []
         if rows:
-            table = as_pipes(
-                ["attack", "defense", *notes.DETAILS], [[md(text) for text in row] for row in rows], left=2
-            )
-            parts += [f"**{notes.DETAILS_TITLE}**", table, notes.DETAILS_LEGEND]
+            body = [[md(text) for text in row] for row in rows]
+            parts.append(f"**{notes.DETAILS_TITLE}**")
+            parts += [as_pipes(notes.details_head(block), body, left=2), notes.details_legend(block)]
     return "\n\n".join(parts)
 
 
@@ -97,9 +96,10 @@ def as_latex(blocks: Sequence[Block], detail: bool) -> str:
         parts.append(tex_float(title, table, [tex(line) for line in below]))
         rows = notes.details(block) if detail else []
         if rows:
-            names = [" & ".join(map(tex, ["attack", "defense", *notes.DETAILS]))]
-            table = tabular("ll" + "r" * len(notes.DETAILS), names, [" & ".join(map(tex, row)) for row in rows])
-            parts.append(tex_float(f"{notes.DETAILS_TITLE}: {title}", table, [tex(notes.DETAILS_LEGEND)]))
+            titles = notes.details_head(block)
+            names = [" & ".join(map(tex, titles))]
+            table = tabular("ll" + "r" * (len(titles) - 2), names, [" & ".join(map(tex, row)) for row in rows])
+            parts.append(tex_float(f"{notes.DETAILS_TITLE}: {title}", table, [tex(notes.details_legend(block))]))
     return "\n\n".join(parts)
 
 

@@ -114,12 +114,16 @@ class Block:
     toy: bool
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
+    recipe: tuple[str, ...] = ()  # in what its recipes differ from those of other blocks of the same protocol
 
     @property
     def title(self) -> str:
         """Example: `cifar10, wrn-16-1, clean rate 5 %, preset paper, budget mid, bf16`"""
         rate = "" if self.clean_rate is None else f"clean rate {100 * self.clean_rate:g} %"
-        parts = (self.dataset, self.model, rate, f"preset {self.preset}", f"budget {self.budget}", self.precision)
+        parts = (
+            self.dataset, self.model, rate, f"preset {self.preset}", f"budget {self.budget}", self.precision,
+            *self.recipe,
+        )  # fmt: skip
         return ", ".join(part for part in parts if part)
 
     @property
@@ -137,16 +141,40 @@ def build(rows: Sequence[Row]) -> list[Block]:
     blocks = _grouped(rows, lambda r: (r.dataset, r.model, r.preset, r.budget, r.precision))
     out = []
     for protocol in blocks.values():
-        # An undefended victim has no clean rate: it belongs to the blocks of all rates.
+        # An undefended victim has neither clean rate nor recipe of a repair: it belongs to the blocks of all of them.
         victims = [row for row in protocol if row.defense == BEFORE]
-        rates = _grouped((row for row in protocol if row.defense != BEFORE), lambda r: r.clean_rate)
-        if not rates:
-            out.append(_block(victims))
-        for rate, group in rates.items():
-            fitting = [row for row in victims if row.clean_rate in (None, rate)]
+        repaired = [row for row in protocol if row.defense != BEFORE]
+        groups = _grouped(repaired, lambda r: (r.clean_rate, _recipe(r, "train"), _recipe(r, "defend")))
+        for train in _grouped(victims, lambda r: _recipe(r, "train")):
+            if all(recipe not in ("", train) for _, recipe, _ in groups):
+                groups[None, train, ""] = []
+        several = _recipes(protocol)
+        for (rate, train, _), group in groups.items():
+            fitting = [r for r in victims if r.clean_rate in (None, rate) and _recipe(r, "train") in ("", train)]
             ids = {id(row) for row in (*fitting, *group)}
-            out.append(_block([row for row in protocol if id(row) in ids]))  # in the order given
+            block = _block([row for row in protocol if id(row) in ids])  # in the order given
+            out.append(replace(block, recipe=_told(block.rows, several)))
     return out
+
+
+def _recipe(row: Row, name: str) -> str:
+    return _canonical(row.params[name]) if name in row.params else ""
+
+
+def _recipes(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Parameters of recipes that are not the same in all rows that have them."""
+    out = []
+    for section in ("train", "defend"):
+        found = [row.params[section] for row in rows if section in row.params]
+        names = sorted({name for params in found for name in params})
+        out += [(section, n) for n in names if len({_canonical(params.get(n)) for params in found}) > 1]
+    return out
+
+
+def _told(rows: Sequence[Row], names: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The values of parameters in a block, which all of its rows share."""
+    found = {(s, n): row.params[s].get(n) for row in rows for s, n in names if s in row.params}
+    return tuple(one_line(f"{section}.{name}={value}", 60) for (section, name), value in found.items())
 
 
 def _printable(row: Row) -> Row:
@@ -205,7 +233,8 @@ def _before(rows: Sequence[Row]) -> list[Row]:
             found[row.victim_seed] = Row(
                 key="", dataset=row.dataset, model=row.model, attack=row.attack, defense=BEFORE,
                 victim_seed=row.victim_seed, defense_seed=None, clean_rate=None, state="ok", asr=row.asr_before,
-                ba=row.ba_before, tca=row.tca_before, gate=row.gate, isolation="", device=row.device,
+                ba=row.ba_before, tca=row.tca_before, ftr=row.ftr_before, gate=row.gate, isolation="",
+                device=row.device,
             )  # fmt: skip
     return list(found.values())
 

@@ -42,7 +42,8 @@ def sheets(blocks: Sequence[Block], against: str | None = None, predictions: Pre
     """
     out = []
     for block in blocks:
-        out.append(_spread(block))
+        if any(len(cell.ok) > 1 for _, _, cell in _cells(block)):
+            out.append(_spread(block))
         reference = _reference(block, against)
         if reference is not None:
             out.append(_tests(block, reference, predictions))
@@ -207,6 +208,9 @@ def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) 
     """McNemar on stored predictions, of the smallest seeds that two cells share."""
     body, missing = [], 0
     for pair in pairs:
+        if pair.first.erased or pair.second.erased:
+            body.append((notes.attack(pair.line), notes.heading(pair.column), notes.ERASED, *[""] * 5))
+            continue
         judged = _judged(pair, predictions)
         if judged is None:
             missing += 1
@@ -225,6 +229,8 @@ def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) 
     ]
     if any("cannot fire" in row for row in body):
         below.append("cannot fire: fewer than 6 images tell the two apart, so no p could be below 0.05.")
+    if any(pair.first.erased or pair.second.erased for pair in pairs):
+        below.append(f"{notes.ERASED} target class erased: not tested.")
     if missing:
         below.append(f"{missing} pair{'s' * (missing > 1)} without stored predictions left out.")
     return Sheet(title, head if body else (), tuple(body), 2, tuple(below))

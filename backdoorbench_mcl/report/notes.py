@@ -21,6 +21,8 @@ NONE = "–"
 MAX_FAILURES = 8
 DETAILS = ("ASR", "FTR", "BA nt", "TCA", "RA", "DER", "s", "s+")
 _FIELDS = ("asr", "ftr", "ba_nt", "tca", "ra", "der", "seconds", "seconds_shared")
+RETUNED = ("ASR re", "FTR re")  # after a few steps on triggered images, where somebody asked for that
+_RETUNED_FIELDS = ("retuned_asr", "retuned_ftr")
 
 
 def heading(column: Column) -> str:
@@ -184,8 +186,26 @@ def failures(block: Block) -> list[str]:
     return lines if more <= 0 else [*lines[:MAX_FAILURES], f"and {more} more (--format json has all reasons)"]
 
 
+def retuned(block: Block) -> bool:
+    """Whether a repaired model of the block was taught the trigger again."""
+    return any(row.retuned_asr is not None for row in block.rows)
+
+
+def details_head(block: Block) -> list[str]:
+    """Headings of `details`."""
+    return ["attack", "defense", *DETAILS, *(RETUNED if retuned(block) else ())]
+
+
+def details_legend(block: Block) -> str:
+    """What the headings mean."""
+    if not retuned(block):
+        return DETAILS_LEGEND
+    counts = _range([row.retuned_images for row in block.rows if row.retuned_images is not None])
+    return f"{DETAILS_LEGEND} ASR re, FTR re: after 10 steps on {counts} triggered images and their clean twins."
+
+
 def details(block: Block) -> list[list[str]]:
-    """Attack, defense and the means named in `DETAILS` for each cell with a finished run; None is printed as "–".
+    """Attack, defense and the means named in `details_head` for each cell with a finished run; None is a dash.
 
     s: seconds of the cell alone; s+: with the stages that it shares with others (inversion).
     """
@@ -194,7 +214,8 @@ def details(block: Block) -> list[list[str]]:
         for cell, column in zip(line.cells, block.columns, strict=True):
             if cell is None or not cell.ok:
                 continue
-            numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in _FIELDS]
+            names = (*_FIELDS, *(_RETUNED_FIELDS if retuned(block) else ()))
+            numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in names]
             numbers[0] += asr_marks(cell)
             out.append([attack(line), heading(column), *numbers])
     return out

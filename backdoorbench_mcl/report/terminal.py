@@ -43,7 +43,7 @@ def as_table(blocks: Sequence[Block], detail: bool, color: bool, width: int | No
         out.append(Text())
         rows = notes.details(block) if detail else []
         if rows:
-            out += _details(rows, width)
+            out += _details(rows, notes.details_head(block), notes.details_legend(block), width)
     return _printed(out, color)
 
 
@@ -186,11 +186,11 @@ def _value(stat: Stat | None, rank: Rank, marks: str, color: bool) -> _Value:
 # ---------------------------------------------------------------- details and labels
 
 
-def _details(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
+def _details(rows: Sequence[Sequence[str]], titles: Sequence[str], legend: str, width: int) -> list[Text]:
     marks = (notes.FLOOR, notes.ERASED)
     if any(row[2].endswith(marks) for row in rows):  # keep the decimals of ASR in line
         rows = [[*row[:2], row[2] if row[2].endswith(marks) else row[2] + " ", *row[3:]] for row in rows]
-    table = [["attack", "defense", *notes.DETAILS], *rows]
+    table = [titles, *rows]
     names, numbers = (
         [max(cell_len(row[i]) for row in table) for i in part] for part in ((0, 1), range(2, len(table[0])))
     )
@@ -199,7 +199,7 @@ def _details(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
     second = min(names[1], max(8, room - first))
     out = [Text(notes.DETAILS_TITLE, "bold")]
     head = Text(_left("attack", first) + GAP + _left("defense", second))
-    for name, size in zip(notes.DETAILS, numbers, strict=True):
+    for name, size in zip(titles[2:], numbers, strict=True):
         head.append(" " + name.rjust(size))
     out.append(head)
     shown = ""
@@ -214,7 +214,7 @@ def _details(rows: Sequence[Sequence[str]], width: int) -> list[Text]:
                 for number, size in zip(row[2:], numbers, strict=True):
                     line.append(" " + number.rjust(size))
             out.append(line)
-    return [*out, *_wrapped(notes.DETAILS_LEGEND, width, "dim"), Text()]
+    return [*out, *_wrapped(legend, width, "dim"), Text()]
 
 
 def _tokens(label: str) -> list[str]:
