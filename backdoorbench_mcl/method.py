@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
 
 from .errors import PluginError, UserError
 
@@ -39,6 +39,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=False, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_may_be_a_word(cls, given: Any) -> Any:
+        """On a command line `none` is no value; where it is one of the words that may be given, it is that word."""
+        words = {
+            name for name, field in cls.model_fields.items()
+            if typing.get_origin(field.annotation) is Literal and "none" in typing.get_args(field.annotation)
+        }  # fmt: skip
+        if not isinstance(given, Mapping):
+            return given
+        return {name: "none" if value is None and name in words else value for name, value in given.items()}
 
 
 @functools.cache

@@ -230,3 +230,9 @@ def test_budgets_change_only_how_much_is_done(preset: str) -> None:
 def test_the_toy_learns_its_blend_under_every_preset(preset: str) -> None:
     """docs/shapes.md: fainter patches stay below the gate on `shapes`, so that no defense would run there."""
     assert settings(preset, "quick", "shapes")["blend"]["alpha"] == 0.9  # type: ignore[arg-type]
+
+
+def test_none_on_the_command_line_is_the_word_where_there_is_one() -> None:
+    assert Recipe(augment=None).augment == "none"  # type: ignore[arg-type]  # what `--set defend.augment=none` reads as
+    assert Recipe(augment="none", epochs=3).params["augment"] == "none"
+    assert Recipe(steps=None).params["steps"] is None

@@ -1,0 +1,210 @@
+"""`bbmcl reproduce`: targets resolve, layouts are the paper's, figures come out, a second run computes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small
+from conftest import Bbmcl
+from made import make
+from PIL import Image
+
+from backdoorbench_mcl import params, plan, report, reproduce
+from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.presets.suite import NAMES, pinned, suite
+from backdoorbench_mcl.report import figures, paper
+from backdoorbench_mcl.request import Options
+from backdoorbench_mcl.rows import Row
+
+GOLDEN = Path(__file__).parent / "golden"
+TOY = (
+    "--dataset", "tiny", "--model", "tiny-net", "--budget", "quick", "--precision", "fp32", "--runs", "runs",
+    *(part for line in (
+        "train.steps=120", "defend.steps=6", "nc-box.steps=10", "badnets.target=1", "badnets.rate=0.2", "cl.target=1",
+        "cl.surrogate=natural", "natural.steps=20", "trojan.target=1",
+    ) for part in ("--set", line)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_target_is_a_plan(name: str, monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+    found, options = reproduce.planned(name, Options("", "", "shapes", "", precision="fp32"))
+    assert (options.budget, options.model) == ("quick", "wrn-16-1")
+    built = plan.build(small.resolve(options))
+    kinds = {node.kind for node in built.nodes.values()}
+    assert ("embed" in kinds) == (found.kind == "tsne")
+    rates = {cell.row.clean_rate for cell in built.cells} - {None}
+    assert rates == ({0.01, 0.05, 0.1, 0.15, 0.2} if name in ("fig4", "fig9") else set() if name in ("fig1", "fig5")
+                     else {0.05})  # fmt: skip
+
+
+def test_the_paper_s_data_sets_have_their_attacks_and_networks() -> None:
+    assert suite("table1", "gtsrb", "full").attacks == "badnets,trojan,blend"
+    assert suite("table1", "imagenet20", "full").model == "resnet18"
+    assert suite("table5", "cifar10", "full").set[-1] == "train.epochs=100"
+    assert "train.epochs=100" not in suite("table5", "cifar10", "mid").set
+    assert pinned(4) == {"defend.augment=none"}
+    for name in NAMES:
+        found = suite(name, "cifar10", "full")
+        for part in params.split(found.attacks):
+            assert part in paper.ATTACKS
+        for part in params.split(found.defenses):
+            assert part == "none" or part in paper.DEFENSES
+
+
+def test_targets_are_checked_before_anything_is_run() -> None:
+    assert reproduce.targets("all") == NAMES
+    assert reproduce.targets("fig1, table2") == ("fig1", "table2")
+    with pytest.raises(UserError, match="did you mean 'table1'"):
+        reproduce.targets("table2,tabel1")
+    with pytest.raises(UserError, match="expected all or some of"):
+        reproduce.targets("")
+
+
+def test_a_set_line_of_a_method_that_only_others_have_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]
+) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+    lines = ("sig.delta=30", "mcldef.temperature=0.1", "typo.x=1", "train.lr=0.1")
+    _, options = reproduce.planned("fig4", Options("", "", "shapes", "", overrides=lines))
+    assert options.overrides == lines[1:]
+
+
+def rows(sig_mesa: bool = True) -> list[Row]:
+    told: dict[str, Any] = {"knows": ("target",)}
+    out = []
+    for i, attack in enumerate(("badnets", "sig")):
+        out += [
+            make(attack, "before", 99.0, 83.0), make(attack, "nc", 4.0 + i, 80.0, **told),
+            make(attack, "mcldef", 2.5, 81.0 - i, **told),
+        ]  # fmt: skip
+        if i == 0:
+            out.append(make(attack, "mcldef(inverter=mesa)", 1.5, 82.0, knows=("location", "target")))
+        else:
+            out.append(make(attack, "mcldef(inverter=mesa)", state="n/a", reason="the trigger is no patch"))
+    return out
+
+
+@pytest.mark.parametrize("fmt, ending", [("table", "txt"), ("markdown", "md"), ("latex", "tex")])
+def test_the_layout_of_the_paper(fmt: report.Format, ending: str) -> None:
+    below = [paper.sheet(rows(), 2)]
+    found = report.render(rows(), fmt, width=100, restyle=paper.restyle, below=below)
+    golden = GOLDEN / f"reproduce_table2.{ending}"
+    assert found + "\n" == golden.read_text()
+
+
+def test_a_figure_from_end_to_end_and_again_from_the_store(bbmcl: Bbmcl, tmp_path: Path) -> None:
+    done = bbmcl("reproduce", "fig3", *TOY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Figure 3: features after repair")
+    assert "BadNets" in done.stdout
+    drawn = tmp_path / "runs" / "figures" / "fig3_tiny_paper_quick.png"
+    assert done.stdout.rstrip().splitlines()[-2:] == [
+        f"runs/figures/{drawn.stem}.png",
+        f"runs/figures/{drawn.stem}.svg",
+    ]
+    pixels = np.asarray(Image.open(drawn).convert("RGB"))
+    assert (pixels == 0).all(2).sum() > 50  # triggered images, black
+    before = drawn.read_bytes()
+    again = bbmcl("reproduce", "fig3", *TOY)
+    assert again.returncode == 0, again.stderr
+    assert "ok," not in again.stderr
+    assert drawn.read_bytes() == before
+
+
+def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tmp_path: Path) -> None:
+    command = (*small.command("badnets", "ft"), "--runs", "runs")
+    plain = bbmcl(*command)
+    assert plain.returncode == 0, plain.stderr
+    assert "ASR re" not in plain.stdout
+    tuned = bbmcl(*command, "--retune", "12")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "after 10 steps on 12 triggered images" in " ".join(tuned.stdout.split())
+    assert "re-tune ft on badnets 0: ok" in tuned.stderr
+    assert "ft on badnets 0: ok" not in tuned.stderr.replace("re-tune ft on badnets 0: ok", "").replace(
+        "judge re-tuned ft on badnets 0: ok", ""
+    )
+    found = bbmcl("report", "--format", "csv", "--runs", "runs").stdout.splitlines()
+    column = found[0].split(",").index("retuned_asr")
+    assert [line.split(",")[column] != "" for line in found[1:]] == [False, True]
+    assert bbmcl(*command, "--retune", "12").stderr.count("re-tune") == 0
+
+
+@pytest.mark.parametrize("given", ["5", "51", "-3"])
+def test_re_tuning_takes_10_to_50_images(bbmcl: Bbmcl, given: str) -> None:
+    done = bbmcl(*small.command("badnets", "ft"), "--retune", given)
+    assert done.returncode == 2
+    assert "expected 10 to 50 triggered images" in done.stderr
+
+
+def test_a_clean_model_and_no_defense(bbmcl: Bbmcl) -> None:
+    done = bbmcl(
+        *small.command("badnets", "none"),
+        "--clean-model",
+        "--set",
+        "none.target=1",
+        "--format",
+        "csv",
+        "--runs",
+        "runs",
+    )
+    assert done.returncode == 0, done.stderr
+    names = [line.split(",")[3:5] for line in done.stdout.splitlines()[1:]]
+    assert names == [["badnets", "before"], ["none", "before"]]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def sweep() -> list[Row]:
+    out = [make("badnets", "before", 99.0, 83.0)]
+    for rate in (0.2, 0.01, 0.05):
+        for defense, asr in (("ft", 20.0), ("mcldef", 2.0)):
+            out += [
+                make("badnets", defense, asr + v + 10 * rate, 80.0 + v, victim=v, clean_rate=rate) for v in range(2)
+            ]
+    return out
+
+
+def test_what_varies_is_found() -> None:
+    name, found = figures.swept(sweep()) or ("", {})
+    assert name == "clean rate in %"
+    assert [point.x for point in found["badnets"]["ft"]] == [1.0, 5.0, 20.0]
+    assert found["badnets"]["mcldef"][0].asr is not None
+    assert found["badnets"]["mcldef"][0].asr.mean == pytest.approx(2.6, abs=0.01)
+    taus = [make("sig", f"mcldef(temperature={t})", t, 80.0) for t in (0.5, 0.1)] + [make("sig", "ft", 1.0)]
+    name, found = figures.swept(taus) or ("", {})
+    assert (name, [p.x for p in found["sig"]["mcldef"]]) == ("temperature", [0.1, 0.5])
+    assert figures.swept([make("sig", "ft", 1.0), make("sig", "nad", 2.0)]) is None
+
+
+def test_the_pareto_front() -> None:
+    assert figures.front([(1, 80), (2, 79), (3, 82), (0.5, 70), (3, 81)]) == [3, 0, 2]
+    assert figures.front([]) == []
+
+
+def test_figures_are_written_whole_and_twice_the_same(tmp_path: Path) -> None:
+    made = figures.curves(sweep(), "Sweep of $x$ & <b>")
+    assert made is not None
+    first = [path.read_bytes() for path in figures.save(made, tmp_path / "a" / "curve")]
+    again = figures.curves(sweep(), "Sweep of $x$ & <b>")
+    assert again is not None
+    second = [path.read_bytes() for path in figures.save(again, tmp_path / "curve")]
+    assert first == second
+    assert first[0].startswith(b"\x89PNG")
+    assert b"<svg" in first[1]
+    assert figures.svg(made).startswith("<svg")
+
+
+def test_scatters_take_what_is_finished(tmp_path: Path) -> None:
+    found = [*rows(), make("none", "ft", None, 80.0)]
+    for cost in (False, True):
+        made = figures.scatter(found, "t", cost)
+        assert made is not None
+        assert [axis.get_title() for axis in made.axes] == ["badnets", "sig"]
+    assert figures.scatter([make("none", "ft", None, 80.0)], "t") is None
+    assert figures.curves([make("none", "ft", None, 80.0)], "t") is None
