@@ -276,11 +276,16 @@ class Snapshot(Protocol):
         """Replace the snapshot atomically; calls that follow each other too soon are skipped."""
 
 
+def _unrecorded(name: str, step: int, value: float) -> None:
+    """Where nobody draws curves."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What every running method gets. rng: CPU generator; log: one line to the job's log; tick(done, total, images):
     progress of the loop, `images` being the images processed since the last call. An inverter calls it after every
-    optimiser step, `total` being the most that it would take: rows tell both.
+    optimiser step, `total` being the most that it would take: rows tell both. record(name, step, value): a point of a
+    training curve, for reports only.
     """
 
     rng: torch.Generator
@@ -292,6 +297,7 @@ class Context:
     snapshot: Snapshot
     recipe: Recipe
     augment: Augment | None
+    record: Callable[[str, int, float], None] = field(default=_unrecorded, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from .errors import Diverged, PluginError
 from .snapshots import FolderSnapshot
 
 Tick = Callable[[int, int, int], None]
+MAX_CURVES, MAX_POINTS = 8, 1000  # of a job: they go into the database and into reports
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,17 @@ class Job:
     folder: Path
     spec: Mapping[str, Any]
     tick: Tick
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # what methods recorded, by name
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.spec["device"])
+
+    def record(self, name: str, step: int, value: float) -> None:
+        """A point of a curve; what is not finite, or one too many, is left out."""
+        points = self.curves.setdefault(str(name)[:40], []) if len(self.curves) < MAX_CURVES else None
+        if points is not None and math.isfinite(value) and len(points) < MAX_POINTS:
+            points.append((int(step), float(value)))
 
     def rng(self, role: str) -> torch.Generator:
         """A CPU generator with the seed that the driver derived for `role`."""
@@ -87,6 +96,7 @@ class Job:
             "classes": data["classes"],
             "log": lambda line: print(line, flush=True),
             "tick": self.tick,
+            "record": self.record,
             "snapshot": FolderSnapshot(Path(self.spec["snapshot"]) / part, self.spec["snapshot_every"]),
             "recipe": recipe,
             "augment": kit.augmentation(recipe.augment, data["flip_ok"]),

@@ -360,6 +360,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     if job.device.type == "cuda" and torch.cuda.is_initialized():
         result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     result["strays"] = strays[:20]
+    result["curves"] = job.curves
     scratch = folder / "result.json.part"
     scratch.write_text(json.dumps(result))
     os.replace(scratch, folder / "result.json")

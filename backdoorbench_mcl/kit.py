@@ -157,7 +157,7 @@ def fit(
 
     At the end of each epoch everything that the next epoch depends on goes to ctx.snapshot; a training that finds
     its own snapshot, started from the same weights, generators, recipe and number of images, continues from it with
-    the same result to the last bit. ctx.tick is called after each step.
+    the same result to the last bit. ctx.tick is called after each step, and the mean loss of each epoch is recorded.
 
     Raises Diverged when, at the end of an epoch, the summed loss or a weight is no longer finite (checked once an
     epoch, because each check makes a GPU wait), and UserError when there are no images.
@@ -175,13 +175,17 @@ def fit(
     )
     start = _fingerprint(model, images, ctx, recipe)
     step = 0
+    curve: list[tuple[int, float]] = []
     found = ctx.snapshot.load()
     if found is not None and found[1].get("start") == start:
         _unpack(found[0], model, optimiser, ctx)
         step = int(found[1]["step"])
+        curve = [(int(at), float(value)) for at, value in found[1].get("curve", [])]
+        for at, value in curve:
+            ctx.record("loss", at, value)
         ctx.log(f"resumed at step {step} of {total}")
     while step < total:
-        summed = torch.zeros((), device=images.x.device)
+        summed, before = torch.zeros((), device=images.x.device), step
         for batch in images.batches(recipe.batch, ctx.rng, ctx.augment, lone=False):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr_at(step, total)
@@ -196,7 +200,9 @@ def fit(
                 break
         if not _finite(model, summed):
             raise Diverged(f"training by step {step} of {total}: loss or weights are not finite (lr {recipe.lr})")
-        meta: dict[str, Any] = {"start": start, "step": step}
+        curve.append((step, float(summed) / (step - before)))
+        ctx.record("loss", *curve[-1])
+        meta: dict[str, Any] = {"start": start, "step": step, "curve": curve}
         ctx.snapshot.save(_pack(model, optimiser, ctx), meta)
 
 

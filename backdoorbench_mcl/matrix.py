@@ -48,10 +48,11 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"."""
+    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"; key: the stage, if one."""
 
     state: str
     reason: str
+    key: str = ""
 
 
 class Matrix:
@@ -187,7 +188,7 @@ class Matrix:
                 break
             last = self.store.last_attempt(node.key)
             if last is not None and (last[0] in ("diverged", "n/a") or not self.retry):  # a result, not a fault
-                self.failures[node.key] = Failure(last[0], last[1])
+                self.failures[node.key] = Failure(last[0], last[1], node.key)
                 moved = True
                 continue
             claim = self.store.claim(node.key)
@@ -291,6 +292,7 @@ class Matrix:
             "threads": common["threads"],
             "isolation": result.get("isolation", common["isolation"]),
             "strays": result.get("strays", []),
+            "curves": result.get("curves", {}),
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
             "origin": self.origin,
@@ -300,7 +302,7 @@ class Matrix:
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)
 
     def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:
-        self.failures[node.key] = failure
+        self.failures[node.key] = dataclasses.replace(failure, key=node.key)
         self.store.attempt(node.key, failure.state, failure.reason, log)
         self.display.finished(node.key, node.title, failure.state, seconds, failure.reason)
 
@@ -378,7 +380,7 @@ class Matrix:
             if cause is not None:
                 node = self.plan.nodes[needed]
                 direct = role in ("weights", "trial") or cause is not self.failures.get(needed)
-                return cause if direct else Failure(cause.state, f"{node.title}: {cause.reason}")
+                return cause if direct else Failure(cause.state, f"{node.title}: {cause.reason}", cause.key)
         return None
 
     def _score_stage(self, key: str) -> dict[str, Any] | None:
@@ -404,6 +406,7 @@ class Matrix:
         common = self.grants.common
         return dataclasses.replace(
             cell.row, state=cause.state, reason=cause.reason,  # type: ignore[arg-type]
+            stages={"failed": cause.key} if cause.key else {},
             versions=self.versions, threads=common["threads"], isolation=common["isolation"],
         )  # fmt: skip
 
