@@ -16,6 +16,9 @@ from . import __version__
 from .errors import BbmclError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .report.sheets import Sheet
     from .rows import Row
 
 app = typer.Typer(
@@ -34,6 +37,10 @@ app.add_typer(data_app, name="data")
 Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
 FormatName = Literal["table", "markdown", "latex", "csv", "json"]
 Format = Annotated[FormatName, typer.Option("--format", help="How to print the rows.")]
+PageFormat = Annotated[
+    Literal["table", "markdown", "latex", "csv", "json", "html"],
+    typer.Option("--format", help="How to print the rows; html writes a page."),
+]
 DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
 DEFAULT_RUNS = Path("bbmcl-runs")
 
@@ -53,10 +60,10 @@ def _config(ctx: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
-def _print_rows(rows: list[Row], fmt: FormatName) -> None:
+def _print_rows(rows: list[Row], fmt: FormatName, below: Sequence[Sheet] = ()) -> None:
     from . import report
 
-    print(report.render(rows, fmt, color=_colour()))
+    print(report.render(rows, fmt, color=_colour(), below=below))
 
 
 def _colour() -> bool:
@@ -153,7 +160,7 @@ def reproduce(
     retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
-    fmt: Format = "table",
+    fmt: PageFormat = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
 ) -> None:
     """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
@@ -171,16 +178,23 @@ def reproduce(
             one, options = pinned.planned(name, base)
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
+    from . import documents
+
     status = 0
     rows: dict[str, Row] = {}
+    sheets: list[Sheet] = []
     for found in pinned.reproduce(target, base, settings, fmt, color=_colour(), announce=_say):
         rows |= {row.key: row for row in found.rows}
-        if fmt not in ("json", "csv"):
+        sheets += found.sheets
+        if fmt not in ("json", "csv", "html"):
             print("\n".join([found.text, "", *map(str, found.files)]), flush=True)
         for problem in found.problems:
             _say(f"bbmcl: {problem}")
         status |= runner.exit_status(found.rows)
-    if fmt in ("json", "csv"):
+    if fmt == "html":
+        page = runs / f"reproduce-{pinned.stem(target)}.html"
+        print(documents.write_page(runs, list(rows.values()), page, below=sheets, title=f"bbmcl reproduce {target}"))
+    elif fmt in ("json", "csv"):
         _print_rows(list(rows.values()), fmt)
     raise typer.Exit(status)
 
@@ -188,7 +202,19 @@ def reproduce(
 @app.command()
 def report(
     runs: Runs = DEFAULT_RUNS,
-    fmt: Format = "table",
+    fmt: PageFormat = "table",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Of --format html; default: in the runs folder.")
+    ] = None,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Add spread and tests below the tables (html always has them).")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="DEFENSE", help="The defense that the tests compare with; default: mcldef.")
+    ] = None,
+    printed: Annotated[
+        int | None, typer.Option("--paper", metavar="1|2|4|5", help="Add the numbers that the paper's table printed.")
+    ] = None,
     attacks: Annotated[str | None, typer.Option(help="Only these attacks.")] = None,
     defenses: Annotated[str | None, typer.Option(help="Only these defenses (Before stays).")] = None,
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
@@ -208,10 +234,16 @@ def report(
         defense = defenses is None or row.defense in (BEFORE, *params.split(defenses))
         return one and attack and defense
 
+    from . import documents
+
     rows = runner.stored_rows(runs, wanted)
-    if not rows and fmt == "table":
+    if not rows and fmt in ("table", "html"):
         _say("no stored row fits")
-    _print_rows(rows, fmt)
+    if fmt == "html":
+        print(documents.write_page(runs, rows, out or runs / "report.html", printed, against))
+        return
+    below = documents.below(runs, rows, fmt, statistics or against is not None, against, printed)
+    _print_rows(rows, fmt, below)
 
 
 @app.command()

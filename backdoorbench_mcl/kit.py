@@ -180,9 +180,9 @@ def fit(
     if found is not None and found[1].get("start") == start:
         _unpack(found[0], model, optimiser, ctx)
         step = int(found[1]["step"])
-        curve = [(int(at), float(value)) for at, value in found[1].get("curve", [])]
-        for at, value in curve:
-            ctx.record("loss", at, value)
+        curve = [(int(at), float(mean)) for at, mean in found[1].get("curve", [])]
+        for point in curve:
+            ctx.record("loss", *point)
         ctx.log(f"resumed at step {step} of {total}")
     while step < total:
         summed, before = torch.zeros((), device=images.x.device), step

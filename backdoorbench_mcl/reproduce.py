@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import params, report, runner
 from .presets.suite import NAMES, Suite, suite
@@ -13,16 +14,22 @@ from .request import Options
 from .rows import Row
 from .store import Store
 
+if TYPE_CHECKING:
+    from .report.sheets import Sheet
+
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Reproduced:
-    """One target: its rows, what to print, the figures that were written, what could not be drawn."""
+    """One target: its rows, what to print, the printed numbers and claims, the figures that were written, what could
+    not be drawn.
+    """
 
     suite: Suite
     rows: tuple[Row, ...]
     text: str
+    sheets: tuple[Sheet, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
 
@@ -67,8 +74,8 @@ def _concerns(line: str, found: Suite) -> bool:
 
 
 def reproduce(
-    name: str, base: Options, settings: runner.Settings, fmt: report.Format = "table", *, color: bool = False,
-    announce: Callable[[str], None] = lambda line: None, live: bool | None = None,
+    name: str, base: Options, settings: runner.Settings, fmt: report.Format | Literal["html"] = "table", *,
+    color: bool = False, announce: Callable[[str], None] = lambda line: None, live: bool | None = None,
 ) -> Iterator[Reproduced]:  # fmt: skip
     """Run what is missing of each target and say what came of it, one after the other.
 
@@ -81,32 +88,46 @@ def reproduce(
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
         files, problems = _figures(found, options, settings, rows)
-        yield Reproduced(found, tuple(rows), _text(found, options, settings, rows, fmt, color), files, problems)
+        sheets = _printed(found, settings, rows)
+        text = "" if fmt in ("json", "csv", "html") else _text(found, options, settings, rows, fmt, sheets, color)
+        yield Reproduced(found, tuple(rows), text, sheets, files, problems)
+
+
+def stem(name: str) -> str:
+    """Targets as a part of a file name."""
+    return "-".join(targets(name)) if name != ALL else ALL
+
+
+def _printed(found: Suite, settings: runner.Settings, rows: Sequence[Row]) -> tuple[Sheet, ...]:
+    """The printed numbers and the claims that a target bears on."""
+    from .report import claims, paper
+
+    out = []
+    if found.table is not None:
+        out.append(paper.sheet(rows, found.table))
+    if found.claims:  # a claim may rest on several targets: whatever of the same protocol is stored counts
+        same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
+        out.append(claims.sheet(same, found.claims))
+    return tuple(out)
 
 
 def _text(
-    found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row], fmt: report.Format, color: bool
-) -> str:
-    from .report import claims, inference, paper
+    found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row], fmt: Any, printed: Sequence[Sheet],
+    color: bool,
+) -> str:  # fmt: skip
+    from .report import inference, paper
     from .report.evidence import Evidence
     from .report.grid import build
 
-    if fmt in ("json", "csv"):
-        return report.render(rows, fmt)
-    below = []
-    store = Store(settings.runs)
-    try:
-        if options.defenses != "none":
+    below: list[Sheet] = []
+    if options.defenses != "none":
+        store = Store(settings.runs)
+        try:
             blocks = [paper.restyle(block) for block in build(rows)]
-            below += inference.sheets(blocks, paper.DEFENSES["mcldef"], Evidence(store).predictions)
-        if found.table is not None:
-            below.append(paper.sheet(rows, found.table))
-    finally:
-        store.close()
-    if found.claims:  # a claim may rest on several targets: whatever of the same protocol is stored counts
-        same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
-        below.append(claims.sheet(same, found.claims))
-    grids = report.render(rows, fmt, color=color, restyle=paper.restyle, below=below)
+            below = inference.sheets(blocks, paper.DEFENSES["mcldef"], Evidence(store).predictions)
+        finally:
+            store.close()
+    grids = report.render(rows, fmt, color=color, restyle=paper.restyle, below=[*below, *printed])
     title = {"markdown": f"## {found.title}", "latex": f"% {found.title}"}.get(fmt, found.title)
     return f"{title}\n\n{grids}"
 
@@ -157,4 +178,4 @@ def _tsne(
     return tuple(figures.save(figures.tsne(panels, found.title), stem)), problems
 
 
-__all__ = ["ALL", "Reproduced", "planned", "reproduce", "targets"]
+__all__ = ["ALL", "Reproduced", "planned", "reproduce", "stem", "targets"]

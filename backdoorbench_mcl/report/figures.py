@@ -64,14 +64,21 @@ def save(made: Figure, stem: Path) -> list[Path]:
 
 
 def svg(made: Figure) -> str:
-    """The figure as an SVG element, to be put into a page."""
+    """The figure as an SVG element, to be put into a page; its letters are text, escaped."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "bbmcl", "svg.fonttype": "path"}):
+    with rc_context({"svg.hashsalt": "bbmcl", "svg.fonttype": "none"}):
         made.savefig(buffer, format="svg", metadata={"Date": None})
     found = buffer.getvalue().decode()
     return found[found.index("<svg") :]
+
+
+def png(made: Figure, dpi: int = 100) -> bytes:
+    """The figure as PNG."""
+    buffer = io.BytesIO()
+    made.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def file_stem(*parts: str) -> str:
@@ -253,6 +260,6 @@ def tsne(panels: Sequence[Embedding], title: str) -> Figure:
 
 
 __all__ = [
-    "COLOURS", "Embedding", "Point", "curves", "figure", "file_stem", "front", "save", "scatter", "svg", "swept",
+    "COLOURS", "Embedding", "Point", "curves", "figure", "file_stem", "front", "png", "save", "scatter", "svg", "swept",
     "text", "tsne",
 ]  # fmt: skip

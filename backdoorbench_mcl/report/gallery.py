@@ -176,7 +176,8 @@ def _stage(store: Store, key: str | None, what: str) -> tuple[Stage, Path]:
         raise UserError(f"{what} are damaged ({damage}); the bbmcl matrix that made them makes them again") from damage
 
 
-def _data(cache: Path, content: str, dataset: str) -> datacache.DataInfo:
+def data_of(cache: Path, content: str, dataset: str) -> datacache.DataInfo:
+    """The prepared data set whose content has that hash. Raises UserError where it is not in the cache."""
     for info in datacache.entries(cache):
         if info.hash == content:
             return info
@@ -236,7 +237,7 @@ def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image
     victim = store.stage(row.stages["model"])
     if victim is None:
         raise UserError(f"{row.attack}, victim {row.victim_seed} is no longer stored; run its bbmcl matrix again")
-    info = _data(cache, victim.spec["data"]["hash"], row.dataset)
+    info = data_of(cache, victim.spec["data"]["hash"], row.dataset)
     x, y = datacache.open_split(info, "test")
     index = choose(np.asarray(y), info.classes, images)
     clean = [np.asarray(x[i]) for i in index]
@@ -309,4 +310,16 @@ def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int 
         store.close()
 
 
-__all__ = ["Column", "Found", "choose", "difference", "draw", "file_name", "panel", "read_trigger", "sheets", "wrap"]
+__all__ = [
+    "Column",
+    "Found",
+    "choose",
+    "data_of",
+    "difference",
+    "draw",
+    "file_name",
+    "panel",
+    "read_trigger",
+    "sheets",
+    "wrap",
+]

@@ -1,0 +1,82 @@
+"""Reports that need the runs folder beside the rows: statistics on stored predictions, printed numbers, HTML pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .registry import cache_folder
+from .rows import Row
+from .store import Store
+
+if TYPE_CHECKING:
+    from .report.sheets import Sheet
+
+TABLES = (1, 2, 4, 5)
+
+
+def below(
+    runs: Path, rows: Sequence[Row], fmt: str, statistics: bool, against: str | None, printed: int | None
+) -> list[Sheet]:
+    """The tables below the grids of `bbmcl report`. Raises UserError for a defense or a table that there is not."""
+    if fmt in ("json", "csv") or not rows:
+        return []
+    out = []
+    if statistics:
+        from .report import grid, inference
+        from .report.evidence import Evidence
+
+        _check(rows, against)
+        store = Store(runs)
+        try:
+            out += inference.sheets(grid.build(rows), against, Evidence(store).predictions)
+        finally:
+            store.close()
+    return [*out, *_printed(rows, printed)]
+
+
+def _check(rows: Sequence[Row], against: str | None) -> None:
+    labels = sorted({row.defense for row in rows})
+    if against is not None and against not in labels:
+        raise UserError(f"--against {against!r}: no stored row has that defense; there are {', '.join(labels)}")
+
+
+def _printed(rows: Sequence[Row], table: int | None) -> list[Sheet]:
+    if table is None:
+        return []
+    if table not in TABLES:
+        raise UserError(
+            f"--paper {table}: expected one of {', '.join(map(str, TABLES))}, the tables that print ASR and BA"
+        )
+    from .report import paper
+
+    return [paper.sheet(rows, table)]
+
+
+def write_page(
+    runs: Path, rows: Sequence[Row], file: Path, printed: int | None = None, against: str | None = None,
+    below: Sequence[Sheet] = (), title: str = "bbmcl report",
+) -> Path:  # fmt: skip
+    """Write the HTML page of rows of a runs folder, whole or not at all; returns where.
+
+    Raises UserError as `below` does, and where one label stands for two things.
+    """
+    from .report.html import page
+
+    _check(rows, against)
+    store = Store(runs)
+    try:
+        text = page(rows, store=store, cache_folder=cache_folder(), title=title, against=against,
+                    below=[*_printed(rows, printed), *below])  # fmt: skip
+    finally:
+        store.close()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(file.name + ".part")
+    scratch.write_text(text)
+    scratch.replace(file)
+    return file
+
+
+__all__ = ["TABLES", "below", "write_page"]

@@ -1,0 +1,184 @@
+"""One self-contained page: grids as heat maps, what is behind each cell, plots, statistics, the paper's numbers.
+
+It loads nothing, works from the file system, and runs no script but its own (a content security policy names its hash).
+Every text from a plugin or a file name is escaped by the template, or set as text by the script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..rows import Row
+from ..store import Store
+from . import figures, grid, inference, notes
+from .drill import Drill
+from .evidence import Evidence
+from .grid import Block, Cell, Rank, Stat
+from .sheets import Sheet
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+TITLE = "bbmcl report"
+MAX_PLOTTED = 400  # runs of a block: beyond, its plots would be heavier than its numbers
+_LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
+
+
+def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
+         below: Sequence[Sheet] = (), against: str | None = None) -> str:  # fmt: skip
+    """Rows as one HTML page.
+
+    store: the runs folder behind them, for pictures, curves, logs and predictions; cache_folder: where prepared data
+    sets lie, for test images; below: further tables. Raises UserError where one label stands for two things.
+    """
+    blocks = grid.build(rows)
+    drill = Drill(store, cache_folder)
+    evidence = None if store is None else Evidence(store)
+    grids = [_grid(block, drill, evidence) for block in blocks]
+    predictions = None if evidence is None else evidence.predictions
+    sheets = [*(inference.sheets(blocks, against, predictions) if blocks else ()), *below]
+    script = _asset("page.js")
+    left_out = f"{drill.left_out} pictures left out, to keep the page small." if drill.left_out else ""
+    return _template().render(
+        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, css=_safe(_asset("page.css")),
+        script=_safe(script), script_hash=_policy_hash(script),
+        data=_safe(_json(drill.data())), left_out=left_out,
+    )  # fmt: skip
+
+
+def _policy_hash(script: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+@cache
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text()
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    found.filters["number"] = _sortable
+    return found.from_string(_asset("page.html"))
+
+
+def _safe(text: str) -> Markup:
+    """Text of this package, or made by it, that goes into the page as it is."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _sortable(text: str) -> str:
+    """The number at the start of a cell, "" for none."""
+    digits = text.rstrip("".join((notes.FLOOR, notes.ERASED)))
+    try:
+        return str(float(digits))
+    except ValueError:
+        return ""
+
+
+# ---------------------------------------------------------------- a grid
+
+
+def _grid(block: Block, drill: Drill, evidence: Evidence | None) -> dict[str, Any]:
+    return {
+        "title": block.title, "columns": [notes.heading(column) for column in block.columns],
+        "lines": [{"label": notes.attack(line), "cells": _cells(line.cells, drill)} for line in block.lines],
+        "legend": notes.legend(block, "Bold: best, underlined: second best"), "failures": notes.failures(block),
+        "details_head": [*notes.details_head(block), "MB"], "details": _details(block),
+        "details_legend": notes.details_legend(block) + " MB: peak memory of a job.",
+        "plots": _plots(block, evidence),
+    }  # fmt: skip
+
+
+def _details(block: Block) -> list[list[str]]:
+    cells = [cell for line in block.lines for cell in line.cells if cell and cell.ok]
+    memory = [cell.mean("peak_mb") for cell in cells]
+    return [[*row, notes.NONE if mb is None else f"{mb:.0f}"]
+            for row, mb in zip(notes.details(block), memory, strict=True)]  # fmt: skip
+
+
+def _cells(cells: Sequence[Cell | None], drill: Drill) -> list[dict[str, Any] | None]:
+    """Heat is relative within a line for BA, absolute for ASR."""
+    ba = [cell.ba.mean for cell in cells if cell and cell.ba]
+    low, high = (min(ba), max(ba)) if ba else (0.0, 0.0)
+    return [None if cell is None else _cell(cell, drill, low, max(high, low + 5)) for cell in cells]
+
+
+def _cell(cell: Cell, drill: Drill, low: float, high: float) -> dict[str, Any]:
+    runs = json.dumps([drill.place(row) for row in cell.runs])
+    if cell.failure:
+        return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "runs": runs}
+    tag = f" ({cell.tag})" if cell.tag else ""
+    return {
+        "failure": "", "runs": runs, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
+        "asr_value": "" if cell.asr is None else cell.asr.mean, "ba_value": "" if cell.ba is None else cell.ba.mean,
+        "asr_rank": _rank(cell.asr_rank, cell.asr), "ba_rank": _rank(cell.ba_rank, cell.ba),
+        "asr_colour": _colour(cell.asr, 0, 100), "ba_colour": _colour(cell.ba, high, low),
+    }  # fmt: skip
+
+
+def _stat(stat: Stat | None) -> str:
+    return notes.NONE if stat is None else stat.text()
+
+
+def _rank(rank: Rank, stat: Stat | None) -> str:
+    return f"{rank} none" if stat is None else rank
+
+
+def _colour(stat: Stat | None, good: float, bad: float) -> str:
+    if stat is None:
+        return "none"
+    share = min(1.0, max(0.0, (stat.mean - good) / (bad - good)))
+    red, green, blue = (round(a + share * (b - a)) for a, b in zip(_LOW, _HIGH, strict=True))
+    return f"rgb({red},{green},{blue})"
+
+
+# ---------------------------------------------------------------- plots
+
+
+def _plots(block: Block, evidence: Evidence | None) -> list[Markup]:
+    rows = block.rows
+    if len(rows) > MAX_PLOTTED:
+        return []
+    made = [
+        figures.curves(rows, f"Sweep: {block.title}"),
+        figures.scatter(rows, f"ASR and BA: {block.title}"),
+        figures.scatter(rows, f"Cost and BA: {block.title}", cost=True),
+    ]
+    out = [_inline(one) for one in made if one is not None]
+    panels = [panel for row in rows if evidence and "embed" in row.stages and (panel := evidence.embedding(row))]
+    if panels:
+        out.append(_picture(figures.tsne(panels[:12], f"Features: {block.title}"), "t-SNE of features"))
+    return out
+
+
+def _inline(made: Figure) -> Markup:
+    return _safe(figures.svg(made))  # its texts are paths or escaped by matplotlib
+
+
+def _picture(made: Figure, what: str) -> Markup:
+    data = base64.b64encode(figures.png(made)).decode()
+    return _safe(f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">')
+
+
+__all__ = ["MAX_PLOTTED", "TITLE", "page"]
