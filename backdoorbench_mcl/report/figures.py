@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import params
+from ..errors import UserError
 from ..rows import Row
 from ..text import one_line
 from . import statistics
@@ -107,7 +108,7 @@ def swept(rows: Sequence[Row]) -> tuple[str, dict[str, dict[str, list[Point]]]] 
     done = [row for row in rows if row.state == "ok" and row.defense != BEFORE]
     if len({row.clean_rate for row in done}) > 1:
         return "clean rate in %", _points(done, lambda r: (r.defense, 100 * float(r.clean_rate or 0)))
-    labels = {row.defense: params.selection(row.defense) for row in done}
+    labels = {row.defense: _selection(row.defense) for row in done}
     values: dict[tuple[str, str], set[float]] = {}
     for selection in labels.values():
         for name, value in selection.params.items():
@@ -119,6 +120,14 @@ def swept(rows: Sequence[Row]) -> tuple[str, dict[str, dict[str, list[Point]]]] 
     method, name = several[0]
     own = [row for row in done if labels[row.defense].name == method and name in labels[row.defense].params]
     return name, _points(own, lambda r: (method, float(labels[r.defense].params[name])))
+
+
+def _selection(label: str) -> params.Selection:
+    """A label of a plugin's rows may be no selection at all: then it has no parameters."""
+    try:
+        return params.selection(label)
+    except UserError:
+        return params.Selection(label, label)
 
 
 def _points(rows: Sequence[Row], by: Any) -> dict[str, dict[str, list[Point]]]:

@@ -121,7 +121,7 @@ def _cells(cells: Sequence[Cell | None], drill: Drill) -> list[dict[str, Any] | 
     """Heat is relative within a line for BA, absolute for ASR."""
     ba = [cell.ba.mean for cell in cells if cell and cell.ba]
     low, high = (min(ba), max(ba)) if ba else (0.0, 0.0)
-    return [None if cell is None else _cell(cell, drill, low, max(high, low + 5)) for cell in cells]
+    return [None if cell is None else _cell(cell, drill, min(low, high - 5), high) for cell in cells]
 
 
 def _cell(cell: Cell, drill: Drill, low: float, high: float) -> dict[str, Any]:

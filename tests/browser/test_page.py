@@ -1,0 +1,104 @@
+"""The HTML page in a real browser: no error on its console, sorting by mouse and by keyboard, the drill-down.
+
+`tox -e browser`; skipped, visibly, where no Chromium and driver are installed. BBMCL_SHOTS=DIR keeps screenshots.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import make
+
+from backdoorbench_mcl.report.html import page
+from backdoorbench_mcl.report.sheets import Sheet
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium at the page of a made-up matrix."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
+    rows = []
+    for i, attack in enumerate(("badnets", "blend", f"sig{HOSTILE}")):
+        rows += [
+            make(attack, "before", 99.0, 83.0), make(attack, "ft", 30.0 - 10 * i, 80.0 + i),
+            make(attack, "mcldef", 2.0 + i, 81.0 - i, knows=("target",)),
+        ]  # fmt: skip
+    rows.append(make("cl", "ft", state="failed", reason=HOSTILE))
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(page(rows, below=[Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,))]))
+    driver.get(file.as_uri())
+    yield driver
+    driver.quit()
+
+
+def shot(browser: Any, name: str) -> None:
+    folder = os.environ.get("BBMCL_SHOTS")
+    if folder:
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def order(browser: Any) -> list[str]:
+    return [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "table.grid tbody th")]
+
+
+def heading(browser: Any, text: str) -> Any:
+    found = browser.find_elements(By.CSS_SELECTOR, "table.grid thead button")
+    return next(button for button in found if button.text.startswith(text))
+
+
+def test_a_column_sorts_by_mouse_and_by_keyboard(browser: Any) -> None:
+    first = order(browser)
+    assert [name[:3] for name in first] == ["bad", "ble", "sig", "cl"]
+    shot(browser, "page")
+    heading(browser, "ft ASR").click()
+    assert [name[:3] for name in order(browser)] == ["sig", "ble", "bad", "cl"]  # the failed cell stays below
+    button = heading(browser, "ft ASR")
+    assert button.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    button.send_keys(Keys.ENTER)
+    assert [name[:3] for name in order(browser)] == ["bad", "ble", "sig", "cl"]
+    heading(browser, "attack").send_keys(Keys.SPACE)
+    assert order(browser) == sorted(order(browser), key=str.lower)
+
+
+def test_a_cell_opens_and_closes_by_keyboard(browser: Any) -> None:
+    cell = browser.find_element(By.CSS_SELECTOR, "td button")
+    cell.send_keys(Keys.ENTER)
+    dialog = browser.find_element(By.ID, "cell")
+    assert dialog.get_attribute("open") is not None
+    assert "victim seed 0" in dialog.text
+    assert "8910 of 9000" in dialog.text
+    shot(browser, "cell")
+    dialog.send_keys(Keys.ESCAPE)
+    assert dialog.get_attribute("open") is None
+
+
+def test_text_of_others_stays_text(browser: Any) -> None:
+    failed = next(b for b in browser.find_elements(By.CSS_SELECTOR, "td button") if b.text == "failed")
+    failed.click()
+    dialog = browser.find_element(By.ID, "cell")
+    assert HOSTILE in dialog.text
+    assert not browser.find_elements(By.CSS_SELECTOR, "img[src=x]")
+    browser.find_element(By.CSS_SELECTOR, "button.close").click()
+
+
+def test_the_console_stays_empty(browser: Any) -> None:
+    assert browser.get_log("browser") == []
