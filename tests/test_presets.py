@@ -147,8 +147,11 @@ def test_authors_and_clean_differ_from_paper_in_named_ways_only() -> None:
         "sig": {"form": "wrapped"},
         "trojan": {"mode": "wrap"},
     }
-    # neither bn_refresh (ADR 0012) nor, until it is decided, clean_anchor
-    assert {name: clean[name] for name in set(clean) - set(paper)} == {"cl": {"place": "centre"}}
+    # not bn_refresh: ADR 0012; clean_anchor: ADR 0015
+    assert {name: clean[name] for name in set(clean) - set(paper)} == {
+        "cl": {"place": "centre"},
+        "mcldef": {"clean_anchor": 1.0},
+    }
 
 
 def test_surrogates_are_trained_and_judged_as_the_specification_says() -> None:
