@@ -17,6 +17,7 @@ from types import MappingProxyType
 import pytest
 import small
 import torch
+from conftest import Bbmcl
 from safetensors import SafetensorError
 
 from backdoorbench_mcl import artefacts, jobs, plan, snapshots
@@ -329,3 +330,12 @@ def test_snapshots_are_not_written_more_often_than_asked(tmp_path: Path, monkeyp
     assert kept(3) == 3
     now[0] += 1.9
     assert kept(4) == 3
+
+
+def test_a_temporary_folder_too_deep_for_a_socket_is_one_line(bbmcl: Bbmcl, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    done = bbmcl(*small.command("badnets", "none"), TMPDIR=str(deep))
+    assert done.returncode == 2
+    assert "has too long a path for a socket" in done.stderr.splitlines()[-1]
+    assert "set TMPDIR to a shorter one" in done.stderr.splitlines()[-1]

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -106,6 +107,10 @@ class Launcher:
     folder: Path
     env: dict[str, str]
     count: Iterator[int] = field(default_factory=itertools.count)
+    # not below `folder`: the path of a socket may have 107 bytes, and pytest's folders are deep
+    temporary: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="bk-")
+    )
 
     @property
     def runs(self) -> Path:
@@ -113,9 +118,8 @@ class Launcher:
 
     @contextmanager
     def driver(self, attacks: str = "badnets,blend", defenses: str = "ft,mcldef") -> Iterator[Driver]:
+        self.folder.mkdir(parents=True, exist_ok=True)
         stem = self.folder / f"driver-{next(self.count)}"
-        scratch = self.folder / "tmp"
-        scratch.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command(attacks, defenses)]
         command += ["--runs", str(self.runs), "--workers", "2", "--threads-per-job", "1", "--format", "json"]
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
@@ -125,7 +129,7 @@ class Launcher:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**self.env, "TMPDIR": str(scratch)},
+                env={**self.env, "TMPDIR": self.temporary.name},
                 start_new_session=True,
             )
         try:
@@ -282,4 +286,4 @@ def test_a_signal_ends_the_run_cleanly(launcher: Launcher, reference: Reference,
     ledger.check()
     assert ledger.stages
     assert all(reference.artefacts[key] == stage.artefact for key, stage in ledger.stages.items())
-    assert list((launcher.folder / "tmp").glob("bbmcl-*")) == []  # and its work folder is gone
+    assert list(Path(launcher.temporary.name).glob("bbmcl-*")) == []  # and its work folder is gone

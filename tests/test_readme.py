@@ -59,7 +59,7 @@ def test_the_plugin_of_the_readme_repairs_a_model(tmp_path: Path, monkeypatch: p
     context: Any = SimpleNamespace(
         clean=images, rng=rng, device=torch.device("cpu"), workdir=tmp_path, classes=2, needs={},
         recipe=Recipe(epochs=3, lr=0.1, batch=8, augment="none"), augment=None, granted=Granted("smooth", {}),
-        log=lambda line: None, tick=lambda done, total, n: None,
+        log=lambda line: None, tick=lambda done, total, n: None, record=lambda name, step, value: None,
         snapshot=SimpleNamespace(load=lambda: None, save=lambda tensors, meta: None),
     )  # fmt: skip
     victim = Tiny()

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
+
+from ..errors import UserError
 
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
@@ -151,7 +154,15 @@ class Local:
                 jobs.run(folder, lambda done, total, images: None, lambda: None)
             self._done.append(self._conclude(folder, 0, False))
             return
-        forkserver.ensure_running()
+        try:
+            forkserver.ensure_running()
+        except OSError as error:
+            if "AF_UNIX" not in str(error):
+                raise
+            raise UserError(
+                f"the temporary folder {tempfile.gettempdir()} has too long a path for a socket (107 bytes with its "
+                "name); set TMPDIR to a shorter one, as in TMPDIR=/tmp"
+            ) from error
         with _undisturbed():
             receive, send = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_child, args=(str(folder), send), daemon=True)
