@@ -44,7 +44,7 @@ ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the s
     "verdict": ("init", "invert", "stamp"),
     "invert": ("init", "invert", "stamp"),
     "defend": ("init", "order"),
-    "retune": ("init", "order"),
+    "retune": ("init",),
     "predict": ("init",),
     "embed": ("init",),
 }

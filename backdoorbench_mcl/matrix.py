@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from . import artefacts, evaluate, provenance
+from . import artefacts, evaluate, provenance, remarks
 from .artefacts import Damaged
 from .engines.local import Finished, Isolation, Local, Progress
 from .errors import BbmclError, NotApplicable, UserError
@@ -31,7 +31,6 @@ from .workdir import WorkFolder
 WEAK = "weak attack"
 READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("labels", "modules", "detected")}
 _LOOSENESS: tuple[Isolation, ...] = ("landlock", "process", "inline")  # a row names the loosest of its methods
-_QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
 TYPED = (  # what may differ at equal keys
     "dataset", "model", "attack", "defense", "inverter", "preset", "budget", "overrides",
 )  # fmt: skip
@@ -75,6 +74,7 @@ class Matrix:
         self.failures: dict[str, Failure] = {}
         self.running: dict[Path, _Job] = {}
         self.rows: dict[int, Row] = {}
+        self.earlier: dict[int, Row] = {}  # rows that are scored again, for a stage beside the score
         self.scores: dict[str, dict[str, Any]] = {}
         self.work = WorkFolder()
         self.versions = provenance.versions()
@@ -117,14 +117,13 @@ class Matrix:
     def _load_finished(self) -> None:
         for i, cell in enumerate(self.plan.cells):
             stored = self.store.row(cell.key)
-            if stored is not None and stored.state in FINAL_STATES and not self._lacks(cell, stored):
+            if stored is None or stored.state not in FINAL_STATES:
+                continue
+            if remarks.lacking(stored, cell.extras):
+                self.earlier[i] = stored
+            else:
                 self.rows[i] = dataclasses.replace(stored, **{name: getattr(cell.row, name) for name in TYPED})
                 self.display.cell(self.rows[i])
-
-    @staticmethod
-    def _lacks(cell: Cell, stored: Row) -> bool:
-        """Whether a stored row was scored without a stage beside the score that is now asked for."""
-        return stored.state == "ok" and not set(cell.extras) <= set(stored.stages)
 
     def _wanted(self) -> list[Node]:
         """Stages that an unfinished cell lacks, all of whose inputs exist, best first."""
@@ -320,6 +319,7 @@ class Matrix:
             row = self._score(cell)
             if row is not None:
                 moved = True
+                row = remarks.kept(row, self.earlier.get(i), cell.extras)
                 self.rows[i] = row
                 self.store.put_row(row)
                 self.display.cell(row)
@@ -365,9 +365,10 @@ class Matrix:
     def _undefended(self, cell: Cell, before: Mapping[str, Any]) -> Cell:
         """The cell with what is known of its victim."""
         gate = self._gate(cell, before)
+        metas = [{} if self._stage(key) is None else self._meta(key) for key in cell.surrogates]
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
-            ftr_before=before["ftr"], surrogate=self._surrogate(cell),
+            ftr_before=before["ftr"], surrogate=remarks.surrogates(metas),
         )  # fmt: skip
         return dataclasses.replace(cell, row=row)
 
@@ -422,10 +423,9 @@ class Matrix:
             wanted = stage.kind == "verdict" or stage.key == cell.trigger
             meta = self._meta(stage.key) if wanted else {}
             if meta and stage.kind == "invert":
-                extra.update({f"inverter_{name}": meta.get(name) for name in _QUALITY})
+                extra.update(remarks.inversion(meta))
             elif meta:
-                named = ", ".join(map(str, meta["flagged"]))
-                extra["verdict"] = f"flagged {named}" if named else "clean"
+                extra["verdict"] = remarks.verdict(meta)
         extras = {name: key for name, key in cell.extras.items() if self._stage(key) is not None}
         if "retuned" in extras:
             extra.update(self._retuned(extras["retuned"]))
@@ -444,17 +444,13 @@ class Matrix:
         )  # fmt: skip
 
     def _retuned(self, key: str) -> dict[str, Any]:
-        """What a re-tuned model does on the test images that its few steps did not see."""
         try:
             found = load_file(self._open(key) / "predictions.safetensors")
+            used = artefacts.read_meta(self._open(self.plan.nodes[key].inputs["weights"]))["used"]
         except Damaged as damage:
-            self.display.note(f"predictions of a re-tuned model are damaged, they are left out ({damage})")
+            self.display.note(f"what is stored of a re-tuned model is damaged and left out ({damage})")
             return {}
-        used = self._meta(self.plan.nodes[key].inputs["weights"]).get("used", [])
-        found = {name: np.delete(values, used) for name, values in found.items()}
-        counted = found["counted"].astype(bool)
-        measured = evaluate.measure(found["clean"], found["triggered"], found["y"], found["goal"], counted)
-        return {"retuned_images": len(used), **{f"retuned_{name}": measured[name] for name in ("asr", "ftr", "ba")}}
+        return remarks.retuned(found, used)
 
     def _overlap(self, cell: Cell) -> int | None:
         """How many clean images are copies of poisoned ones (spec 2.5), None for the undefended victim."""
@@ -474,22 +470,6 @@ class Matrix:
         except Damaged as damage:
             self.display.note(f"a stored result is damaged, what it says of itself is left out ({damage})")
             return {}
-
-    def _surrogate(self, cell: Cell) -> str:
-        """The surrogates of the attack: a robust one that does not hold under PGD-10 is called natural (spec 4.4)."""
-        told = []
-        for key in cell.surrogates:
-            meta = self._meta(key) if self._stage(key) is not None else {}
-            pgd = meta.get("pgd")
-            if not meta:
-                told.append("unknown")  # imported without it, or damaged: what rests on it is still there
-            elif pgd is None:
-                told.append("natural")
-            elif pgd >= evaluate.ROBUST:
-                told.append(f"robust: {pgd:.1f} % under PGD-10")
-            else:
-                told.append(f"natural: {pgd:.1f} % under PGD-10, {evaluate.ROBUST:g} would be robust")
-        return "; ".join(told)
 
 
 def _seconds(stages: Sequence[Stage]) -> float:

@@ -12,7 +12,7 @@ from conftest import Bbmcl
 from made import make
 from PIL import Image
 
-from backdoorbench_mcl import params, plan, report, reproduce
+from backdoorbench_mcl import params, plan, remarks, report, reproduce
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.presets.suite import NAMES, pinned, suite
 from backdoorbench_mcl.report import figures, paper
@@ -132,6 +132,21 @@ def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tm
     column = found[0].split(",").index("retuned_asr")
     assert [line.split(",")[column] != "" for line in found[1:]] == [False, True]
     assert bbmcl(*command, "--retune", "12").stderr.count("re-tune") == 0
+    more = bbmcl(*command, "--retune", "20")
+    assert "after 10 steps on 20 triggered images" in " ".join(more.stdout.split())  # not what is stored of the 12
+
+
+def test_one_stage_beside_the_score_does_not_cost_another() -> None:
+    tuned = make("badnets", "ft", 5.0, stages={"predict": "p", "retuned": "r"}, retuned_asr=99.0, retuned_images=12)
+    again = make("badnets", "ft", 5.0, stages={"predict": "p", "embed": "e"})
+    assert remarks.lacking(tuned, {"embed": "e"})
+    found = remarks.kept(again, tuned, {"embed": "e"})
+    assert (found.retuned_asr, found.retuned_images) == (99.0, 12)
+    assert dict(found.stages) == {"predict": "p", "embed": "e", "retuned": "r"}
+    assert not remarks.lacking(found, {"embed": "e"})
+    assert remarks.lacking(found, {"retuned": "of another number of images"})
+    assert remarks.kept(again, tuned, {"embed": "e", "retuned": "s"}) == again
+    assert remarks.kept(again, None, {}) == again
 
 
 @pytest.mark.parametrize("given", ["5", "51", "-3"])

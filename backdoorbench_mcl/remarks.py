@@ -1,0 +1,75 @@
+"""What a row says beyond its score, as pure functions of what its stages left. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import evaluate
+from .rows import Row
+
+QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
+EXTRAS: Mapping[str, tuple[str, ...]] = {  # stages beside the score, and the fields of a row that come from them
+    "retuned": ("retuned_images", "retuned_asr", "retuned_ftr", "retuned_ba"), "embed": (),
+}  # fmt: skip
+
+
+def inversion(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a row from what an inversion says of itself."""
+    return {f"inverter_{name}": meta.get(name) for name in QUALITY}
+
+
+def verdict(meta: Mapping[str, Any]) -> str:
+    """What a detector said. Example: `flagged 5, 2`"""
+    named = ", ".join(map(str, meta["flagged"]))
+    return f"flagged {named}" if named else "clean"
+
+
+def surrogates(metas: Sequence[Mapping[str, Any]]) -> str:
+    """The clean models of an attack, {} for one that is gone or damaged, whose pupils may still be there.
+
+    A robust one that does not hold under PGD-10 is called natural (spec 4.4).
+    """
+    told = []
+    for meta in metas:
+        pgd = meta.get("pgd")
+        if not meta:
+            told.append("unknown")
+        elif pgd is None:
+            told.append("natural")
+        elif pgd >= evaluate.ROBUST:
+            told.append(f"robust: {pgd:.1f} % under PGD-10")
+        else:
+            told.append(f"natural: {pgd:.1f} % under PGD-10, {evaluate.ROBUST:g} would be robust")
+    return "; ".join(told)
+
+
+def retuned(predictions: Mapping[str, NDArray[Any]], used: Sequence[int]) -> dict[str, Any]:
+    """Fields of a row from the stored predictions (N,) of a re-tuned model, on the test images that its few steps did
+    not see. used: the positions of those that they saw.
+    """
+    left = {name: np.delete(values, used) for name, values in predictions.items()}
+    counted = left["counted"].astype(bool)
+    measured = evaluate.measure(left["clean"], left["triggered"], left["y"], left["goal"], counted)
+    return {"retuned_images": len(used), **{f"retuned_{name}": measured[name] for name in ("asr", "ftr", "ba")}}
+
+
+def lacking(stored: Row, asked: Mapping[str, str]) -> bool:
+    """Whether a stored row was scored without one of the stages beside the score that are asked for (name -> key)."""
+    return stored.state == "ok" and any(stored.stages.get(name) != key for name, key in asked.items())
+
+
+def kept(row: Row, earlier: Row | None, asked: Mapping[str, str]) -> Row:
+    """A row scored again, with what an earlier run had beside the score and this one did not ask for."""
+    if earlier is None or row.state != "ok":
+        return row
+    names = [name for name in EXTRAS if name in earlier.stages and name not in asked]
+    fields: dict[str, Any] = {field: getattr(earlier, field) for name in names for field in EXTRAS[name]}
+    return dataclasses.replace(row, **fields, stages={**row.stages, **{name: earlier.stages[name] for name in names}})
+
+
+__all__ = ["EXTRAS", "QUALITY", "inversion", "kept", "lacking", "retuned", "surrogates", "verdict"]
