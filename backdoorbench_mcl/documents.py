@@ -14,8 +14,6 @@ from .store import Store
 if TYPE_CHECKING:
     from .report.sheets import Sheet
 
-TABLES = (1, 2, 4, 5)
-
 
 def below(
     runs: Path, rows: Sequence[Row], fmt: str, statistics: bool, against: str | None, printed: int | None
@@ -46,13 +44,12 @@ def _check(rows: Sequence[Row], against: str | None) -> None:
 def _printed(rows: Sequence[Row], table: int | None) -> list[Sheet]:
     if table is None:
         return []
-    if table not in TABLES:
-        raise UserError(
-            f"--paper {table}: expected one of {', '.join(map(str, TABLES))}, the tables that print ASR and BA"
-        )
     from .report import paper
 
-    return [paper.sheet(rows, table)]
+    if table not in paper.TABLES:
+        known = ", ".join(map(str, paper.TABLES))
+        raise UserError(f"--paper {table}: expected one of {known}, the tables that print ASR and BA")
+    return paper.sheets(rows, table)
 
 
 def write_page(
@@ -63,6 +60,7 @@ def write_page(
 
     Raises UserError as `below` does, and where one label stands for two things.
     """
+    from .report import files
     from .report.html import page
 
     _check(rows, against)
@@ -72,11 +70,7 @@ def write_page(
                     below=[*_printed(rows, printed), *below])  # fmt: skip
     finally:
         store.close()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(file.name + ".part")
-    scratch.write_text(text)
-    scratch.replace(file)
-    return file
+    return files.write(file, text.encode())
 
 
-__all__ = ["TABLES", "below", "write_page"]
+__all__ = ["below", "write_page"]

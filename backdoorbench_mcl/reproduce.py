@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import params, report, runner
 from .presets.suite import NAMES, Suite, suite
 from .registry import Wanted, cache_folder
-from .request import Options
+from .request import NOTHING, Options
 from .rows import Row
 from .store import Store
 
@@ -104,7 +104,7 @@ def _printed(found: Suite, settings: runner.Settings, rows: Sequence[Row]) -> tu
 
     out = []
     if found.table is not None:
-        out.append(paper.sheet(rows, found.table))
+        out += paper.sheets(rows, found.table)
     if found.claims:  # a claim may rest on several targets: whatever of the same protocol is stored counts
         same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
         out.append(claims.sheet(same, found.claims))
@@ -120,7 +120,7 @@ def _text(
     from .report.grid import build
 
     below: list[Sheet] = []
-    if options.defenses != "none":
+    if options.defenses != NOTHING:
         store = Store(settings.runs)
         try:
             blocks = [paper.restyle(block) for block in build(rows)]
@@ -136,25 +136,25 @@ def _figures(
     found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row]
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Files written, and a line for each picture that could not be drawn."""
-    from .report import figures
+    from .report import figures, files
     from .report.gallery import sheets
 
     folder = settings.runs / "figures"
-    stem = figures.file_stem(found.name, options.dataset, options.preset, str(options.budget))
+    name = files.stem(found.name, options.dataset, options.preset, str(options.budget))
     if found.kind == "gallery":
-        drawn = list(sheets(settings.runs, rows, cache_folder(), folder / stem))
-        return (tuple(item for item in drawn if isinstance(item, Path)),
-                tuple(str(item) for item in drawn if not isinstance(item, Path)))  # fmt: skip
+        found_sheets = list(sheets(settings.runs, rows, cache_folder(), folder / name))
+        return (tuple(item for item in found_sheets if isinstance(item, Path)),
+                tuple(str(item) for item in found_sheets if not isinstance(item, Path)))  # fmt: skip
     if found.kind == "tsne":
-        return _tsne(found, settings, rows, folder / stem)
+        return _tsne(found, settings, rows, folder / name)
     made = {}
     if found.kind == "curves":
-        made[stem] = figures.curves(rows, f"{found.title}, {options.dataset}")
+        made[name] = figures.curves(rows, f"{found.title}, {options.dataset}")
     else:
-        made[f"{stem}_front"] = figures.scatter(rows, f"{found.title}, {options.dataset}")
-        made[f"{stem}_cost"] = figures.scatter(rows, f"{found.title}, {options.dataset}", cost=True)
-    files = [path for name, one in made.items() if one is not None for path in figures.save(one, folder / name)]
-    return tuple(files), tuple(f"{name}: no finished cell to draw" for name, one in made.items() if one is None)
+        made[f"{name}_front"] = figures.scatter(rows, f"{found.title}, {options.dataset}")
+        made[f"{name}_cost"] = figures.scatter(rows, f"{found.title}, {options.dataset}", cost=True)
+    drawn = [path for part, one in made.items() if one is not None for path in figures.save(one, folder / part)]
+    return tuple(drawn), tuple(f"{part}: no finished cell to draw" for part, one in made.items() if one is None)
 
 
 def _tsne(

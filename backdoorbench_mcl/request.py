@@ -348,6 +348,6 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
 
 
 __all__ = [
-    "BEFORE", "CONTROL", "PROVIDERS", "Needed", "Options", "Request", "labels_used", "resolve", "resolve_device",
-    "resolve_precision", "wanted_by",
+    "BEFORE", "CONTROL", "NOTHING", "PROVIDERS", "Needed", "Options", "Request", "labels_used", "resolve",
+    "resolve_device", "resolve_precision", "wanted_by",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ def test_the_page_holds_the_grid_and_every_run() -> None:
     assert len(runs) == 7
     buttons = [json.loads(a["data-runs"] or "") for tag, a in found.tags if tag == "button" and "data-runs" in a]
     assert sorted({number for numbers in buttons for number in numbers}) == list(range(7))
-    assert [2] in [[len(numbers)] for numbers in buttons]  # two draws behind one cell
+    assert 2 in map(len, buttons)  # two draws behind one cell
     assert "ASR" in dict(runs[0]["told"])
     assert "8910 of 9000" in dict(runs[0]["told"])["ASR"]
 
@@ -85,7 +85,7 @@ def test_nothing_from_outside_is_markup_or_script() -> None:
     found = Parsed(text)
     assert [tag for tag, _ in found.tags].count("script") == 2
     assert not [a for tag, a in found.tags if tag == "img" and "onerror" in a]
-    assert HOSTILE in found.data["runs"][-1]["row"]["reason"] or HOSTILE[:40] in found.data["runs"][-1]["row"]["reason"]
+    assert found.data["runs"][-1]["row"]["reason"] == HOSTILE
 
 
 def test_the_page_loads_nothing_and_runs_no_script_but_its_own() -> None:

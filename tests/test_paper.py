@@ -83,7 +83,7 @@ def test_the_pinned_line_of_a_table_is_no_departure() -> None:
 def test_five_victims_at_full_budget_allow_a_word() -> None:
     close = paper.compare(spread("badnets", "mcldef", 2.3, 81.6), 1)
     assert [(c.asr_word, c.ba_word, c.why) for c in close] == [("consistent", "consistent", "")]
-    assert close[0].label == ("BadNets", "MCLDef")
+    assert (close[0].printed.attack, close[0].printed.defense) == ("BadNets", "MCLDef")
     far = paper.compare(spread("badnets", "mcldef", 9.0, 70.0), 1)
     assert [(c.asr_word, c.ba_word) for c in far] == [("differs", "differs")]
     wide = paper.compare(spread("badnets", "mcldef", 3.0, 81.6, wide=3.0), 1)
@@ -208,7 +208,7 @@ def test_a_model_that_says_the_target_always_is_not_at_its_floor() -> None:
         replace(r, asr=100.0, asr_k=9000, asr_n=9000, ftr=100.0, ftr_k=9000, ftr_n=9000, ftr_before=2.0)
         if r.defense == "mcldef" else r for r in table1()
     ]  # fmt: skip
-    assert verdict(rows, "C1").verdict in ("not reproduced", "inconclusive")
+    assert verdict(rows, "C1").verdict == "not reproduced"
     assert "tied" not in verdict(rows, "C1").evidence
 
 

@@ -91,7 +91,7 @@ def rows(sig_mesa: bool = True) -> list[Row]:
 
 @pytest.mark.parametrize("fmt, ending", [("table", "txt"), ("markdown", "md"), ("latex", "tex")])
 def test_the_layout_of_the_paper(fmt: report.Format, ending: str) -> None:
-    below = [paper.sheet(rows(), 2)]
+    below = paper.sheets(rows(), 2)
     found = report.render(rows(), fmt, width=100, restyle=paper.restyle, below=below)
     golden = GOLDEN / f"reproduce_table2.{ending}"
     assert found + "\n" == golden.read_text()

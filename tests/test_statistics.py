@@ -13,7 +13,6 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as reference_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
-from statsmodels.stats.weightstats import ttost_paired
 
 from backdoorbench_mcl.report import statistics as s
 
@@ -99,7 +98,6 @@ def test_no_test_that_cannot_fire() -> None:
     assert "no spread" in flat.why
     assert s.mcnemar(5, 0) is None  # the smallest p there is: 2/32
     assert s.mcnemar(6, 0) == pytest.approx(2 / 64)
-    assert s.equivalent([0.1], 2.0) is None
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -116,18 +114,6 @@ def test_holm_leaves_out_what_was_not_tested() -> None:
 def test_mcnemar_against_statsmodels(b: int, c: int) -> None:
     expected = reference_mcnemar([[100, b], [c, 100]], exact=True).pvalue
     assert s.mcnemar(b, c) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("margin", [0.2, 0.6, 2.0])
-def test_equivalence_against_statsmodels(margin: float) -> None:
-    a, b = ([fmean(group) for group in nested.values()] for nested in (FIVE, OTHER))
-    expected = ttost_paired(np.array(a), np.array(b), -margin, margin)[0]
-    assert s.equivalent([x - y for x, y in zip(a, b, strict=True)], margin) == pytest.approx(expected)
-
-
-def test_equivalence_without_spread() -> None:
-    assert s.equivalent([1.0, 1.0], 2.0) == 0.0
-    assert s.equivalent([3.0, 3.0], 2.0) == 1.0
 
 
 @pytest.mark.parametrize(

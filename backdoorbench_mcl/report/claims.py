@@ -16,10 +16,9 @@ from typing import Literal
 
 from .. import params
 from ..evaluate import floor_raised, target_class_erased, tied_at_floor
-from ..presets.suite import pinned
 from ..rows import Row
 from . import paper, statistics
-from .inference import shared
+from .inference import p_text, shared
 from .sheets import Sheet
 from .statistics import Difference
 
@@ -28,7 +27,6 @@ POISONED_LABEL = ("badnets", "trojan", "blend")
 CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
-TABLES = (1, 2, 4, 5)
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -65,21 +63,31 @@ class Contrast:
 
 
 class Board:
-    """Finished rows of one data set, by what they are of."""
+    """Finished rows of one data set on the paper's network, by what they are of; `used`: what a claim looked at."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if row.state == "ok"]
+        self.rows = [row for row in rows if row.state == "ok" and (row.toy or row.model == _network(row))]
+        self.used: list[Row] = []
+
+    def look(self, wanted: Callable[[Row], bool]) -> list[Row]:
+        """The rows that fit, noted as used."""
+        found = [row for row in self.rows if wanted(row)]
+        self.used += found
+        return found
 
     def get(
         self, attack: str, defense: str, *, rate: float = paper.CLEAN_RATE, train: bool | None = False,
         defend: bool = True,
     ) -> list[Row]:  # fmt: skip
         """The runs of one cell. train, defend: whether victim and repair are augmented, train None for any."""
-        return [
-            row for row in self.rows
-            if row.attack == attack and row.defense == defense and row.clean_rate == rate
+        return self.look(
+            lambda row: row.attack == attack and row.defense == defense and row.clean_rate == rate
             and train in (None, _augmented(row, "train", train)) and defend == _augmented(row, "defend", defend)
-        ]  # fmt: skip
+        )  # fmt: skip
+
+
+def _network(row: Row) -> str | None:
+    return paper.MODELS.get(params.selection(row.dataset).name)
 
 
 def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
@@ -88,7 +96,11 @@ def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
 
 
 def judge(rows: Sequence[Row]) -> list[Finding]:
-    """A finding for each claim; rows: of any number of data sets and runs. Example: `judge(stored_rows(runs))`."""
+    """A finding for each claim; rows: of any data sets and targets.
+
+    Rows of several presets, budgets or precisions give no verdict: they are no sample of one protocol.
+    Example: `judge(stored_rows(runs, lambda row: row.preset == "paper"))`
+    """
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(params.selection(row.dataset).name, []).append(row)
@@ -101,12 +113,13 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]]) -> Finding:
         for name in ("gtsrb", "imagenet20"):
             board = Board(by_name.get(name, ()))
             contrasts += _c3(board, name)
-            rows += board.rows
+            rows += board.used
         return _verdict(claim, contrasts, rows, 6 * (len(RIVALS) + 1))
     # the toy stands in for CIFAR-10 where nothing else was run: its findings are shown without a verdict
     rows = list(by_name.get("cifar10") or [row for some in by_name.values() for row in some if row.toy])
-    contrasts, expected = _CLAIMS[claim](Board(rows))
-    return _verdict(claim, contrasts, rows, expected)
+    board = Board(rows)
+    contrasts, expected = _CLAIMS[claim](board)
+    return _verdict(claim, contrasts, board.used, expected)
 
 
 def _verdict(claim: str, contrasts: Sequence[Contrast], rows: Sequence[Row], expected: int) -> Finding:
@@ -144,13 +157,14 @@ def _evidence(found: Sequence[Difference | None], details: Sequence[str]) -> str
 def _no_verdict(rows: Sequence[Row], found: Sequence[Difference | None]) -> str:
     if any(row.toy for row in rows):
         return "toy data set"
+    if len({(row.preset, row.budget, row.precision) for row in rows}) > 1:
+        return "rows of several protocols"
     budgets = sorted({row.budget for row in rows} - {"full"})
     if budgets:
         return f"scaled protocol (budget {', '.join(budgets)})"
     if any(row.preset == "clean" for row in rows):
         return "preset clean is not the paper's protocol"
-    belong: frozenset[str] = frozenset().union(*map(pinned, TABLES))
-    overridden = sorted({line for row in rows for line in row.overrides} - belong)
+    overridden = sorted({line for row in rows for line in paper.unpinned(row, *paper.TABLES)})
     if overridden:
         return f"departs from the protocol: --set {' '.join(overridden)}"
     least = min((d.victims for d in found if d is not None), default=0)
@@ -162,10 +176,8 @@ def _no_verdict(rows: Sequence[Row], found: Sequence[Difference | None]) -> str:
 def _told(contrast: Contrast, found: Difference | None) -> str:
     if found is None:
         return f"{contrast.name}: {contrast.why}"
-    p = found.p if found.p_holm is None else found.p_holm
-    return f"{contrast.name}: {found.mean:+.2f}" + (
-        "" if p is None else f" (p {'<0.001' if p < 0.001 else f'{p:.3f}'})"
-    )
+    p = p_text(found.p_holm)
+    return f"{contrast.name}: {found.mean:+.2f}" + (f" (p {p})" if p else "")
 
 
 # ---------------------------------------------------------------- contrasts
@@ -323,13 +335,19 @@ def _c8(board: Board) -> tuple[list[Contrast], int]:
     return contrasts, 5 * len(CIFAR)
 
 
+def _temperature(row: Row) -> float | None:
+    """Of `mcldef(temperature=...)` and nothing else."""
+    if not row.defense.startswith(f"{OURS}(temperature="):
+        return None
+    selected = params.selection(row.defense)
+    return float(selected.params["temperature"]) if set(selected.params) == {"temperature"} else None
+
+
 def _c9(board: Board) -> tuple[list[Contrast], int]:
     """Between the ends of the swept range."""
     found: dict[tuple[str, float], list[Row]] = {}
-    for row in board.rows:
-        selected = params.selection(row.defense)
-        if selected.name == OURS and set(selected.params) == {"temperature"} and row.clean_rate == paper.CLEAN_RATE:
-            found.setdefault((row.attack, float(selected.params["temperature"])), []).append(row)
+    for row in board.look(lambda row: row.clean_rate == paper.CLEAN_RATE and _temperature(row) is not None):
+        found.setdefault((row.attack, float(_temperature(row) or 0)), []).append(row)
     contrasts = []
     for attack in CIFAR:
         taus = sorted(tau for a, tau in found if a == attack)

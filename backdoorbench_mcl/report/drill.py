@@ -10,16 +10,13 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from .. import datacache
 from ..errors import UserError
 from ..rows import Row
 from ..store import Store
@@ -30,6 +27,8 @@ from .records import finite
 
 PICTURE_BYTES = 2_000_000  # of all pictures of a page together, as base64
 SIDE = 96  # pixels: larger pictures are shrunk to it
+SOUGHT = 2  # test images of two classes: at least one of them is not the target and counts
+Draw = Callable[[Row], list[tuple[str, "gallery.Pixels"]]]
 MAX_LOG, MAX_POINTS, MAX_CLASSES = 4000, 200, 100
 METRICS = (
     ("ASR", "asr"), ("FTR, the floor of ASR", "ftr"), ("BA", "ba"), ("BA without the target class", "ba_nt"),
@@ -53,15 +52,12 @@ class Drill:
         self._places: dict[str, int] = {}
 
     def place(self, row: Row) -> int:
-        """The number of a run in the page's data; a row that comes twice is held once."""
-        if row.key and row.key in self._places:
-            return self._places[row.key]
-        found = self._run(row)
-        self.runs.append(found)
-        at = len(self.runs) - 1
-        if row.key:
-            self._places[row.key] = at
-        return at
+        """The number of a run in the page's data; an undefended victim of several tables is held once."""
+        name = row.key or f"{row.dataset} {row.attack} {row.victim_seed} {len(self.runs)}"  # read off a defended row
+        if name not in self._places:
+            self._places[name] = len(self.runs)
+            self.runs.append(self._run(row))
+        return self._places[name]
 
     def data(self) -> dict[str, Any]:
         """The page's data; free of what JSON does not have."""
@@ -123,58 +119,45 @@ class Drill:
     # ------------------------------------------------------------ pictures
 
     def _pictures(self, row: Row) -> list[tuple[str, int]]:
-        if self.store is None or self.evidence is None:
-            return []
+        """Titles and numbers of images: of the victim's trigger, and of the one that was inverted."""
         out = []
-        for title, key in (("trigger", "model"), ("inverted", "invert")):
-            if key not in row.stages:
-                continue
-            out += self._made(title, row, row.stages[key])
+        for kind, draw in (("model", self._triggered), ("invert", self._inverted)):
+            if self.store is not None and kind in row.stages:
+                key = row.stages[kind]
+                if key not in self._drawn:
+                    self._drawn[key] = self._placed(draw, row)
+                out += self._drawn[key]
         return out
 
-    def _made(self, what: str, row: Row, key: str) -> list[tuple[str, int]]:
-        """Pictures of one victim or one inversion, drawn once for all rows that share it."""
-        if key not in self._drawn:
-            try:
-                drawn = self._victim(row) if what == "trigger" else self._inverted(row)
-            except (UserError, OSError, KeyError, ValueError):  # a picture is worth less than the page
-                drawn = []
-            kept = []
-            for title, image in drawn:
-                uri = _uri(image)
-                if len(uri) > self.room:
-                    self.left_out += 1
-                    continue
-                self.room -= len(uri)
-                self.images.append(uri)
-                kept.append((title, len(self.images) - 1))
-            self._drawn[key] = kept
-        return self._drawn[key]
+    def _placed(self, draw: Draw, row: Row) -> list[tuple[str, int]]:
+        try:
+            drawn = [(title, _uri(image)) for title, image in draw(row)]
+        except UserError:  # gone or damaged: the page is worth more than a picture
+            return []
+        out = []
+        for title, uri in drawn:
+            if len(uri) > self.room:
+                self.left_out += 1
+                continue
+            self.room -= len(uri)
+            self.images.append(uri)
+            out.append((title, len(self.images) - 1))
+        return out
 
-    def _victim(self, row: Row) -> list[tuple[str, gallery.Pixels]]:
+    def _triggered(self, row: Row) -> list[tuple[str, gallery.Pixels]]:
         """A clean test image, the same with the true trigger, their difference."""
-        assert self.store is not None and self.evidence is not None
-        folder = self.evidence.folder(row, "before")
-        before = self.store.stage(row.stages["before"])
-        victim = self.store.stage(row.stages["model"])
-        if folder is None or before is None or victim is None or self.cache is None:
+        if self.store is None or self.cache is None:
             return []
-        trial = self.store.stage(before.spec["trial"])
-        info = gallery.data_of(self.cache, victim.spec["data"]["hash"], row.dataset)
-        x, _ = datacache.open_split(info, "test")
-        counted = load_file(folder / "predictions.safetensors")["counted"].astype(bool)
-        if trial is None or not counted.any():
+        shown = gallery.examples(self.store, self.cache, row, SOUGHT)
+        counted = [i for i, place in enumerate(shown.index) if shown.says["counted"][place]]
+        if not counted:
             return []
-        at = int(np.flatnonzero(counted)[0])
-        with safe_open(self.store.open(trial) / "trial.safetensors", framework="numpy") as file:
-            triggered = file.get_slice("x")[at : at + 1][0]
-        clean = np.asarray(x[at])
+        clean, triggered = shown.clean[counted[0]], shown.triggered[counted[0]]
         difference = gallery.difference(clean, triggered)
         return [("clean", clean), ("true trigger", triggered), (f"difference x{gallery.GAIN}", difference)]
 
     def _inverted(self, row: Row) -> list[tuple[str, gallery.Pixels]]:
-        assert self.evidence is not None
-        folder = self.evidence.folder(row, "invert")
+        folder = self.evidence.folder(row, "invert") if self.evidence else None
         found = None if folder is None else gallery.read_trigger(folder, str(row.inverter))
         if found is None or found.kind is None:
             return []
@@ -241,8 +224,7 @@ def _counts(labels: Any) -> list[tuple[int, int]]:
 
 def _uri(image: gallery.Pixels) -> str:
     """A PNG data address of (C, H, W) uint8, at most `SIDE` pixels to a side."""
-    colours = np.repeat(image, 3, 0) if image.shape[0] == 1 else image
-    shown = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    shown = gallery.picture(image)
     shown.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     shown.save(buffer, "PNG")

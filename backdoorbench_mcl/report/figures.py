@@ -6,11 +6,10 @@ Every figure is written as PNG and as SVG. Text of others is drawn as it is, nev
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from .. import params
 from ..errors import UserError
 from ..rows import Row
 from ..text import one_line
-from . import statistics
+from . import files, statistics
 from .grid import BEFORE
 from .paper import nested
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22", "#1b9e77")
 SHAPES = "osD^vPXp*h"
 GREY = "#777777"
+Kind = Literal["png", "svg"]
 
 
 def figure(columns: int, rows: int, width: float = 4.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -48,43 +48,27 @@ def text(given: str, limit: int = 60) -> str:
     return one_line(given, limit).replace("$", r"\$")
 
 
-def save(made: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, each whole or not at all; equal figures give equal files."""
-    from matplotlib import rc_context
-
-    out = []
-    for ending, meta in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        buffer = io.BytesIO()
-        with rc_context({"svg.hashsalt": "bbmcl", "svg.fonttype": "path"}):
-            made.savefig(buffer, format=ending[1:], dpi=150, metadata=meta)
-        path = stem.with_name(stem.name + ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
-        out.append(path)
-    return out
-
-
-def svg(made: Figure) -> str:
-    """The figure as an SVG element, to be put into a page; its letters are text, escaped."""
+def render(
+    made: Figure, kind: Literal["png", "svg"], *, dpi: int = 150, letters: Literal["path", "none"] = "path"
+) -> bytes:
+    """The figure as a file; equal figures give equal bytes. letters: SVG text as outlines, or as (escaped) text."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "bbmcl", "svg.fonttype": "none"}):
-        made.savefig(buffer, format="svg", metadata={"Date": None})
-    found = buffer.getvalue().decode()
-    return found[found.index("<svg") :]
-
-
-def png(made: Figure, dpi: int = 100) -> bytes:
-    """The figure as PNG."""
-    buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    with rc_context({"svg.hashsalt": "bbmcl", "svg.fonttype": letters}):
+        made.savefig(buffer, format=kind, dpi=dpi, metadata={"Software": None} if kind == "png" else {"Date": None})
     return buffer.getvalue()
 
 
-def file_stem(*parts: str) -> str:
-    """A file name of labels. Example: `file_stem("fig4", "cifar10")` is "fig4_cifar10"."""
-    return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-.")[:48] for part in parts)
+def save(made: Figure, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg."""
+    return [files.write(stem.with_name(f"{stem.name}.{kind}"), render(made, kind)) for kind in get_args(Kind)]
+
+
+def svg(made: Figure) -> str:
+    """The figure as an SVG element, to be put into a page."""
+    found = render(made, "svg", letters="none").decode()
+    return found[found.index("<svg") :]
 
 
 # ---------------------------------------------------------------- curves
@@ -103,7 +87,7 @@ class Point:
 def swept(rows: Sequence[Row]) -> tuple[str, dict[str, dict[str, list[Point]]]] | None:
     """What varies among rows, and by attack and curve its points; None where nothing does.
 
-    The clean rate if there are several, else the one parameter in whose value the labels of a method differ.
+    The clean rate if there are several, else the one numeric parameter in which the labels of a defense differ.
     """
     done = [row for row in rows if row.state == "ok" and row.defense != BEFORE]
     if len({row.clean_rate for row in done}) > 1:
@@ -189,7 +173,7 @@ def _curve(axis: Axes, points: Sequence[Point], metric: str, i: int, label: str)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (ASR, BA) that no other one beats in both, by ASR. Example: `front([(1, 8), (2, 7)])`"""
+    """Indices of points (ASR, BA) that no other beats in both, by ASR. Example: `front([(1, 8), (2, 7)])` is [0]."""
     out = []
     for i, (asr, ba) in enumerate(points):
         beaten = any((a <= asr and b >= ba and (a, b) != (asr, ba)) for a, b in points)
@@ -269,6 +253,6 @@ def tsne(panels: Sequence[Embedding], title: str) -> Figure:
 
 
 __all__ = [
-    "COLOURS", "Embedding", "Point", "curves", "figure", "file_stem", "front", "png", "save", "scatter", "svg", "swept",
+    "COLOURS", "Embedding", "Point", "curves", "figure", "front", "render", "save", "scatter", "svg", "swept",
     "text", "tsne",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..errors import UserError
 from ..rows import Row
 from ..store import Stage, Store
 from ..text import one_line
+from . import files
 
 Pixels = NDArray[np.uint8]  # (C, H, W) from a data set, (H, W, 3) in a panel
 GAIN = 4  # of the difference, as in the paper's figures
@@ -66,13 +67,18 @@ def to_pixels(values: NDArray[np.floating[Any]]) -> Pixels:
     return rounded
 
 
-def panel(image: Pixels) -> Image.Image:
-    """(C, H, W) uint8, C 1 or 3 -> a picture, enlarged by a whole factor without smoothing: pixels stay pixels."""
+def picture(image: Pixels) -> Image.Image:
+    """(C, H, W) uint8 -> a picture of the same size. Raises UserError where C is neither 1 nor 3."""
     if image.shape[0] not in (1, 3):
         raise UserError(f"an image of {image.shape[0]} channels cannot be shown, expected 1 or 3")
     colours = np.repeat(image, 3, 0) if image.shape[0] == 1 else image
+    return Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+
+
+def panel(image: Pixels) -> Image.Image:
+    """The picture enlarged by a whole factor without smoothing: pixels stay pixels."""
     factor = max(1, round(PANEL / max(image.shape[1:])))
-    shown = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    shown = picture(image)
     return shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
 
 
@@ -176,8 +182,7 @@ def _stage(store: Store, key: str | None, what: str) -> tuple[Stage, Path]:
         raise UserError(f"{what} are damaged ({damage}); the bbmcl matrix that made them makes them again") from damage
 
 
-def data_of(cache: Path, content: str, dataset: str) -> datacache.DataInfo:
-    """The prepared data set whose content has that hash. Raises UserError where it is not in the cache."""
+def _data(cache: Path, content: str, dataset: str) -> datacache.DataInfo:
     for info in datacache.entries(cache):
         if info.hash == content:
             return info
@@ -228,29 +233,48 @@ def _inversions(store: Store, rows: Sequence[Row]) -> list[Found]:
     return found
 
 
-def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image.Image:
-    """rows: all of one victim."""
-    row = rows[0]
+@dataclass(frozen=True)
+class Examples:
+    """Test images of one victim. index: their places in the test set; y, clean, triggered: label and pixels of each;
+    says: the victim's stored predictions, of the whole test set.
+    """
+
+    index: Sequence[int]
+    y: Sequence[int]
+    clean: Sequence[Pixels]
+    triggered: Sequence[Pixels]
+    says: Mapping[str, NDArray[Any]]
+
+
+def examples(store: Store, cache: Path, row: Row, images: int) -> Examples:
+    """`images` test images of the victim behind a row. Raises UserError where their sources are gone or damaged."""
     what = f"test images of {row.attack}, victim {row.victim_seed}"
     before, predicted = _stage(store, row.stages.get("before"), what)
     _, trial = _stage(store, before.spec["trial"], what)
     victim = store.stage(row.stages["model"])
     if victim is None:
         raise UserError(f"{row.attack}, victim {row.victim_seed} is no longer stored; run its bbmcl matrix again")
-    info = data_of(cache, victim.spec["data"]["hash"], row.dataset)
+    info = _data(cache, victim.spec["data"]["hash"], row.dataset)
     x, y = datacache.open_split(info, "test")
     index = choose(np.asarray(y), info.classes, images)
-    clean = [np.asarray(x[i]) for i in index]
     with safe_open(trial / "trial.safetensors", framework="numpy") as file:
         stored = file.get_slice("x")  # the whole set may have gigabytes
         triggered = [stored[i : i + 1][0] for i in index]
     says = load_file(predicted / "predictions.safetensors")
+    return Examples(index, [int(y[i]) for i in index], [np.asarray(x[i]) for i in index], triggered, says)
+
+
+def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image.Image:
+    """rows: all of one victim."""
+    row = rows[0]
+    shown = examples(store, cache, row, images)
+    index, y, clean, says = shown.index, dict(zip(shown.index, shown.y, strict=True)), shown.clean, shown.says
     found = _inversions(store, rows)
 
     def wanted(i: int) -> str:
         return f"wanted: {says['goal'][i]}" if says["counted"][i] else "not counted"
 
-    pairs = list(zip(index, clean, triggered, strict=True))
+    pairs = list(zip(index, clean, shown.triggered, strict=True))
     columns = [
         Column("clean", [(c, [f"class {y[i]}", f"victim: {says['clean'][i]}"]) for i, c, _ in pairs]),
         Column("triggered", [(t, [wanted(i), f"victim: {says['triggered'][i]}"]) for i, _, t in pairs]),
@@ -277,8 +301,7 @@ def _percent(value: float | None) -> str:
 
 def file_name(row: Row) -> str:
     """Safe on every file system, and of its own for every victim: labels may be equal where settings differ."""
-    parts = (re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")[:48] for text in (row.dataset, row.attack))
-    return "_".join((*parts, f"seed{row.victim_seed}", row.stages["model"][:8])) + ".png"
+    return files.stem(row.dataset, row.attack, f"seed{row.victim_seed}", row.stages["model"][:8]) + ".png"
 
 
 def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int = 4) -> Iterator[Path | UserError]:
@@ -297,29 +320,18 @@ def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for of_victim in victims.values():
-            picture = io.BytesIO()
+            drawn = io.BytesIO()
             try:
-                _sheet(store, cache, of_victim, images).save(picture, "PNG")
+                _sheet(store, cache, of_victim, images).save(drawn, "PNG")
             except UserError as error:
                 yield error
                 continue
-            path = out / file_name(of_victim[0])
-            path.write_bytes(picture.getvalue())  # whole: a picture that cannot be drawn leaves the earlier one alone
-            yield path
+            yield files.write(out / file_name(of_victim[0]), drawn.getvalue())
     finally:
         store.close()
 
 
 __all__ = [
-    "Column",
-    "Found",
-    "choose",
-    "data_of",
-    "difference",
-    "draw",
-    "file_name",
-    "panel",
-    "read_trigger",
-    "sheets",
-    "wrap",
-]
+    "Column", "Examples", "Found", "choose", "difference", "draw", "examples", "file_name", "panel", "picture",
+    "read_trigger", "sheets", "wrap",
+]  # fmt: skip

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -50,7 +51,8 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     script = _asset("page.js")
     left_out = f"{drill.left_out} pictures left out, to keep the page small." if drill.left_out else ""
     return _template().render(
-        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, css=_safe(_asset("page.css")),
+        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=_sweeps(blocks),
+        css=_safe(_asset("page.css")),
         script=_safe(script), script_hash=_policy_hash(script),
         data=_safe(_json(drill.data())), left_out=left_out,
     )  # fmt: skip
@@ -156,12 +158,20 @@ def _colour(stat: Stat | None, good: float, bad: float) -> str:
 # ---------------------------------------------------------------- plots
 
 
+def _sweeps(blocks: Sequence[Block]) -> list[Markup]:
+    """Curves over what varies within a protocol; a clean rate varies between its blocks, which hold one each."""
+    together: dict[str, list[Row]] = {}
+    for block in blocks:
+        together.setdefault(replace(block, clean_rate=None).title, []).extend(block.rows)
+    made = [figures.curves(rows, f"Sweep: {title}") for title, rows in together.items() if len(rows) <= MAX_PLOTTED]
+    return [_inline(one) for one in made if one is not None]
+
+
 def _plots(block: Block, evidence: Evidence | None) -> list[Markup]:
     rows = block.rows
     if len(rows) > MAX_PLOTTED:
         return []
     made = [
-        figures.curves(rows, f"Sweep: {block.title}"),
         figures.scatter(rows, f"ASR and BA: {block.title}"),
         figures.scatter(rows, f"Cost and BA: {block.title}", cost=True),
     ]
@@ -177,7 +187,7 @@ def _inline(made: Figure) -> Markup:
 
 
 def _picture(made: Figure, what: str) -> Markup:
-    data = base64.b64encode(figures.png(made)).decode()
+    data = base64.b64encode(figures.render(made, "png", dpi=100)).decode()
     return _safe(f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">')
 
 

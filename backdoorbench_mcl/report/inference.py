@@ -64,22 +64,13 @@ def _reference(block: Block, against: str | None) -> Column | None:
 def _spread(block: Block) -> Sheet:
     """A line per cell: number of victims and runs, and for each metric mean, sd, range, interval."""
     body = []
-    for line in block.lines:
-        for cell, column in zip(line.cells, block.columns, strict=True):
-            if cell is None or not cell.ok:
-                continue
-            found = {name: statistics.summary(nested(cell.ok, name)) for name, _ in METRICS}
-            most = max((s for s in found.values() if s), key=lambda s: s.runs, default=None)
-            if most is None:
-                continue
-            numbers = [_summary(found[name]) for name, _ in METRICS]
-            body.append((notes.attack(line), notes.heading(column), f"{most.victims} x {_draws(cell)}", *numbers))
+    for line, column, cell in _cells(block):
+        numbers = [_summary(statistics.summary(nested(cell.ok, name))) for name, _ in METRICS]
+        body.append((notes.attack(line), notes.heading(column), f"{_victims(cell)} x {_draws(cell)}", *numbers))
     below = []
-    victims = max((len({row.victim_seed for row in cell.ok}) for _, _, cell in _cells(block)), default=0)
+    victims = max(_victims(cell) for _, _, cell in _cells(block))
     if victims < statistics.MIN_VICTIMS:
-        below.append(
-            f"No interval: {statistics.MIN_VICTIMS} victims are needed for one, this table has {_count(victims)}."
-        )
+        below.append(f"No interval: {statistics.MIN_VICTIMS} victims are needed for one, this table has {victims}.")
     else:
         below.append("In brackets: 95 % bootstrap interval of the mean, victims first and then the draws on each.")
     return Sheet(
@@ -98,8 +89,8 @@ def _cells(block: Block) -> list[tuple[Line, Column, Cell]]:
     ]
 
 
-def _count(victims: int) -> str:
-    return f"{victims}" if victims else "none"
+def _victims(cell: Cell) -> int:
+    return len({row.victim_seed for row in cell.ok})
 
 
 def _draws(cell: Cell) -> str:
@@ -140,8 +131,7 @@ def _tests(block: Block, reference: Column, predictions: Predictions | None) -> 
     ]
     title = f"{notes.heading(reference)} less each other defense: {block.title}"
     found = {name: _family(pairs, name) for name, _ in TESTED}
-    testable = any(d is not None and d.p is not None for family in found.values() for d in family)
-    if pairs and not testable and predictions is not None:
+    if pairs and predictions is not None and max(_victims(pair.first) for pair in pairs) == 1:
         return _single_pairs(pairs, title, predictions)
     body = [
         (notes.attack(pair.line), notes.heading(pair.column), *(

@@ -31,6 +31,7 @@ DEFENSES = {
     "mcldef(inverter=mesa)": "MESA", "mcldef(inverter=true)": "MCLDef(True)",
 }  # fmt: skip
 CLEAN_RATE = 0.05
+TABLES = (1, 2, 4, 5)  # those that print ASR and BA
 Verdict = Literal["", "consistent", "differs", "too wide to say"]
 
 ODDITIES = {
@@ -66,11 +67,6 @@ class Comparison:
     asr_word: Verdict
     ba_word: Verdict
     why: str  # why there is no word
-
-    @property
-    def label(self) -> tuple[str, str]:
-        """Attack and defense, as printed."""
-        return self.printed.attack, self.printed.defense
 
 
 @cache
@@ -111,8 +107,14 @@ def departure(row: Row, table: int) -> str:
         found = row.params.get(section, {}).get("augment", expected)  # an undefended row has no recipe of a repair
         if found != expected:
             return f"{section}.augment={found} instead of {expected}"
-    others = [line for line in row.overrides if line.replace(" ", "") not in pinned(table)]
+    others = unpinned(row, table)
     return f"--set {' '.join(others)}" if others else ""
+
+
+def unpinned(row: Row, *tables: int) -> list[str]:
+    """The `--set` lines of a row that belong to none of these printed tables."""
+    belong = {line for table in tables for line in pinned(table)}
+    return [line for line in row.overrides if line.replace(" ", "") not in belong]
 
 
 def _augmentation(table: int, dataset: str) -> dict[str, str]:
@@ -123,7 +125,7 @@ def _augmentation(table: int, dataset: str) -> dict[str, str]:
 
 
 def compare(rows: Sequence[Row], table: int) -> list[Comparison]:
-    """Every cell of `table` for which there is a finished run, in the order of print.
+    """Every cell of `table` for which there is a finished run, in the order of print. rows: of one protocol.
 
     Runs that depart from the printed protocol are left out; where all of a cell do, it is listed with the reason and
     without numbers.
@@ -170,8 +172,16 @@ def _word(values: Sequence[float], value: float | None, images: int, width: floa
     return "consistent" if found.half <= width else "too wide to say"
 
 
-def sheet(rows: Sequence[Row], table: int) -> Sheet:
-    """Ours beside the printed numbers of one table."""
+def sheets(rows: Sequence[Row], table: int) -> list[Sheet]:
+    """Ours beside the printed numbers of a table: a sheet per protocol, for what two protocols gave is no sample."""
+    protocols: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        protocol = (row.dataset, row.model, f"preset {row.preset}", f"budget {row.budget}", row.precision)
+        protocols.setdefault(protocol, []).append(row)
+    return [_sheet(group, table, ", ".join(protocol)) for protocol, group in protocols.items()]
+
+
+def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
     body, notes_ = [], []
     for c in compare(rows, table):
         ours = [fmean(values) if values else None for values in (c.asr, c.ba_nt)]
@@ -190,7 +200,7 @@ def sheet(rows: Sequence[Row], table: int) -> Sheet:
     if not body:
         why = next((why for row in rows if (why := departure(row, table))), "")
         below = ["No finished run stands for a printed cell" + (f": {why}." if why else ".")]
-    return Sheet(f"Beside the printed Table {table}", head if body else (), tuple(body), 2, tuple(below))
+    return Sheet(f"Beside the printed Table {table}: {protocol}", head if body else (), tuple(body), 2, tuple(below))
 
 
 def _beside(own: float | None, value: float | None) -> tuple[str, str, str]:
@@ -225,6 +235,7 @@ def restyle(block: Block) -> Block:
 
 
 __all__ = [
-    "ATTACKS", "CLEAN_RATE", "DATASETS", "DEFENSES", "IMAGES", "MODELS", "ODDITIES", "Comparison", "Printed",
-    "compare", "departure", "find", "nested", "per_victim", "printed", "restyle", "sheet",
+    "ATTACKS", "CLEAN_RATE", "DATASETS", "DEFENSES", "IMAGES", "MODELS", "ODDITIES", "TABLES", "Comparison", "Printed",
+    "compare", "departure", "find", "nested", "per_victim", "printed", "restyle",
+    "sheets", "unpinned",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 MIN_VICTIMS = 5  # for an interval over victims; with fewer the values themselves are shown (spec 12.2)
 DRAWS = 10_000  # of the bootstrap
 LEVEL = 0.05
-BA_MARGIN, ASR_MARGIN = 2.0, 1.0  # points that count as equal, fixed beforehand (spec 12.2)
+BA_MARGIN = 2.0  # points that count as equal, fixed beforehand (spec 12.2)
 BA_WIDTH, ASR_WIDTH = 2.0, 3.0  # half a prediction interval may be this wide, in points, to call a number consistent
 
 Nested = Mapping[int, Sequence[float]]  # victim seed -> a value per defense seed
@@ -147,23 +147,6 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def equivalent(difference: Sequence[float], margin: float) -> float | None:
-    """p of two one-sided t tests that the mean difference lies within +-margin; None for fewer than two victims.
-
-    Differences without any spread are equivalent (p = 0) or not (p = 1) as they stand.
-    """
-    from scipy import stats
-
-    n = len(difference)
-    if n < 2:
-        return None
-    mean, sd = fmean(difference), stdev(difference)
-    if sd < 1e-12:
-        return 0.0 if abs(mean) < margin else 1.0
-    scale = sd / math.sqrt(n)
-    return float(max(stats.t.sf((mean + margin) / scale, n - 1), stats.t.cdf((mean - margin) / scale, n - 1)))
-
-
 def mcnemar(first_only: int, second_only: int) -> float | None:
     """Exact two-sided McNemar test of two models on the same images: p, for this pair of models only.
 
@@ -246,7 +229,7 @@ def _percent(logit: float) -> float:
 
 
 __all__ = [
-    "ASR_MARGIN", "ASR_WIDTH", "BA_MARGIN", "BA_WIDTH", "DRAWS", "LEVEL", "MIN_VICTIMS", "Difference", "Nested",
-    "Prediction", "Summary", "bootstrap", "equivalent", "finite", "holm", "mcnemar", "of_differences", "paired",
+    "ASR_WIDTH", "BA_MARGIN", "BA_WIDTH", "DRAWS", "LEVEL", "MIN_VICTIMS", "Difference", "Nested",
+    "Prediction", "Summary", "bootstrap", "finite", "holm", "mcnemar", "of_differences", "paired",
     "predicted", "summary", "wilson",
 ]  # fmt: skip
