@@ -42,6 +42,20 @@ PageFormat = Annotated[
     typer.Option("--format", help="How to print the rows; html writes a page."),
 ]
 DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
+Dataset = Annotated[str, typer.Option(help="Data set.")]
+Seeds = Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")]
+DefenseSeeds = Annotated[str, typer.Option(help="Defense seeds.")]
+Preset = Annotated[str, typer.Option(help="What is done: paper, authors or clean.")]
+Budget = Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")]
+Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
+Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that one job may take.")]
+Isolation = Annotated[str, typer.Option(help="auto, landlock, process or inline.")]
+Retry = Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")]
 DEFAULT_RUNS = Path("bbmcl-runs")
 
 
@@ -74,21 +88,17 @@ def _colour() -> bool:
 def matrix(
     attacks: Annotated[str, typer.Option(metavar="LIST|all", help="Attacks, separated by commas.")],
     defenses: Annotated[str, typer.Option(metavar="LIST|all", help="Defenses, separated by commas.")],
-    dataset: Annotated[str, typer.Option(help="Data set.")] = "shapes",
+    dataset: Dataset = "shapes",
     model: Annotated[str, typer.Option(help="Network.")] = "wrn-16-1",
-    seeds: Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")] = "0",
-    defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
+    seeds: Seeds = "0",
+    defense_seeds: DefenseSeeds = "0",
     clean_rate: Annotated[float, typer.Option(help="Share of the training set given to the defenses.")] = 0.05,
     exclude_poisoned: Annotated[
         bool, typer.Option("--exclude-poisoned", help="Keep clean copies of poisoned images out of the clean set.")
     ] = False,
-    preset: Annotated[str, typer.Option(help="What is done: paper, authors or clean.")] = "paper",
-    budget: Annotated[
-        str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")
-    ] = None,
+    preset: Preset = "paper",
+    budget: Budget = None,
+    set_: Set = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME.PARAM=V1,V2,...", help="A column per value; also clean-rate=...; repeatable."),
@@ -99,22 +109,20 @@ def matrix(
     clean_model: Annotated[
         bool, typer.Option("--clean-model", help="Also run every defense on a clean model (the attack none).")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
-    threads_per_job: Annotated[
-        int | None, typer.Option(help="Default: 1 with several workers, else all cores.")
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that one job may take.")] = None,
-    isolation: Annotated[str, typer.Option(help="auto, landlock, process or inline.")] = "auto",
-    retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    threads_per_job: Threads = None,
+    timeout: Timeout = None,
+    isolation: Isolation = "auto",
+    retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
     fmt: Format = "table",
     config: Annotated[
         Path | None, typer.Option(is_eager=True, callback=_config, metavar="FILE.toml", help="Options from a file.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train backdoored models, repair them, print the grid. The same line again goes on where it stopped."""
     from . import runner
@@ -138,34 +146,28 @@ def matrix(
 @app.command()
 def reproduce(
     target: Annotated[str, typer.Argument(help="table1, table2, table4, table5, fig1, ..., or all.")],
-    dataset: Annotated[str, typer.Option(help="Data set.")] = "cifar10",
+    dataset: Dataset = "cifar10",
     model: Annotated[str, typer.Option(help="Network; default: the paper's.", show_default=False)] = "",
-    seeds: Annotated[str, typer.Option(help="Victim seeds: 0-4.")] = "0",
-    defense_seeds: Annotated[str, typer.Option(help="Defense seeds.")] = "0",
-    preset: Annotated[str, typer.Option(help="paper, authors or clean.")] = "paper",
-    budget: Annotated[
-        str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")] = None,
-    threads_per_job: Annotated[
-        int | None, typer.Option(help="Default: 1 with several workers, else all cores.")
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds that one job may take.")] = None,
-    isolation: Annotated[str, typer.Option(help="auto, landlock, process or inline.")] = "auto",
-    retry: Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")] = True,
+    seeds: Seeds = "0",
+    defense_seeds: DefenseSeeds = "0",
+    preset: Preset = "paper",
+    budget: Budget = None,
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    threads_per_job: Threads = None,
+    timeout: Timeout = None,
+    isolation: Isolation = "auto",
+    retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
     fmt: PageFormat = "table",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
+    from . import documents, runner
     from . import reproduce as pinned
-    from . import runner
     from .request import Options
 
     base = Options(
@@ -178,8 +180,6 @@ def reproduce(
             one, options = pinned.planned(name, base)
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
-    from . import documents
-
     status = 0
     rows: dict[str, Row] = {}
     sheets: list[Sheet] = []
@@ -222,7 +222,7 @@ def report(
     budget: Annotated[str | None, typer.Option(help="Only this budget.")] = None,
 ) -> None:
     """Print the stored results again, in any format."""
-    from . import params, runner
+    from . import documents, params, runner
     from .request import BEFORE
 
     def wanted(row: Row) -> bool:
@@ -233,8 +233,6 @@ def report(
         attack = attacks is None or row.attack in params.split(attacks)
         defense = defenses is None or row.defense in (BEFORE, *params.split(defenses))
         return one and attack and defense
-
-    from . import documents
 
     rows = runner.stored_rows(runs, wanted)
     if not rows and fmt in ("table", "html"):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import Bbmcl, Reference
 from made import make
 
 from backdoorbench_mcl import documents, runner
+from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
 from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.rows import Row
 
@@ -115,6 +117,27 @@ def test_a_thousand_cells_make_a_small_page() -> None:
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
 
+def test_a_sweep_over_clean_rates_is_drawn_although_each_has_a_table_of_its_own() -> None:
+    rows = [make("badnets", "ft", 30 - 100 * rate, 80.0, clean_rate=rate) for rate in (0.01, 0.05, 0.2)]
+    text = page(rows)
+    assert text.count("clean rate in %") == 2  # of ASR and of BA
+    assert "clean rate in %" not in page(rows[:1])
+
+
+def test_a_damaged_store_costs_pictures_and_not_the_page(
+    reference: Reference, toy_env: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+    runs = tmp_path / "runs"
+    shutil.copytree(reference.runs, runs)
+    for name in ("trial", "trigger", "predictions"):
+        for file in (runs / "artefacts").rglob(f"{name}.safetensors"):
+            file.write_bytes(file.read_bytes()[:-1])
+    found = Parsed(documents.write_page(runs, runner.stored_rows(runs), tmp_path / "report.html").read_text())
+    assert len(found.data["runs"]) == len(reference.rows)
+    assert found.data["images"] == []
+
+
 def test_no_rows_are_a_page_too() -> None:
     assert "<h1>" in page([])
 
@@ -176,3 +199,16 @@ def test_statistics_below_the_table(bbmcl: Bbmcl, reference: Reference) -> None:
     assert "mcldef† less each other defense" in done.stdout
     assert "These pairs of models only" in done.stdout
     assert "tiny is no data set of the paper" in done.stdout
+
+
+def test_a_job_keeps_few_and_finite_points_of_a_curve(tmp_path: Path) -> None:
+    running = Job(tmp_path, {}, lambda done, total, images: None)
+    for step in range(MAX_POINTS + 5):
+        running.record("loss", step, 1.0)
+    running.record("other", 1, float("nan"))
+    for i in range(MAX_CURVES + 5):
+        running.record(f"curve {i}", 1, 2.0)
+    assert len(running.curves["loss"]) == MAX_POINTS
+    assert len(running.curves) <= MAX_CURVES
+    assert running.curves.get("other", []) == []
+    assert json.loads(json.dumps(running.curves, allow_nan=False))["loss"][0] == [0, 1.0]

@@ -244,6 +244,7 @@ class Life(NamedTuple):
 
     state: bytes  # weights, batch-norm statistics, both generators
     steps: list[int]
+    curve: list[tuple[str, int, float]]
 
 
 def live(
@@ -256,6 +257,7 @@ def live(
 ) -> Life:
     """A fresh process: model, generators and context as the harness makes them, killed at step `die_at`."""
     steps: list[int] = []
+    curve: list[tuple[str, int, float]] = []
 
     def tick(done: int, total: int, count: int) -> None:
         steps.append(done)
@@ -265,11 +267,11 @@ def live(
     with torch.random.fork_rng():
         torch.manual_seed(11)
         model = build()
-        ctx = make_context(tmp_path, 7, recipe, snapshot=snapshot, tick=tick)
+        ctx = make_context(tmp_path, 7, recipe, snapshot=snapshot, tick=tick, record=lambda *point: curve.append(point))
         with contextlib.suppress(Killed):
             kit.fit(model, images, ctx, lambda batch: F.cross_entropy(model(batch.x), batch.y))
         generators = torch.cat([torch.get_rng_state(), ctx.rng.get_state()])
-    return Life(weight_bytes(model) + generators.numpy().tobytes(), steps)
+    return Life(weight_bytes(model) + generators.numpy().tobytes(), steps, curve)
 
 
 def wide_resnet() -> Classifier:
@@ -303,7 +305,8 @@ def test_a_killed_training_resumes_to_the_last_bit(
         dead = live(tmp_path, build, images, recipe, snapshot, kill)
         assert dead.steps[-1] == kill
     resumed = live(tmp_path, build, images, recipe, snapshot, None)
-    assert resumed.state == whole.state
+    assert (resumed.state, resumed.curve) == (whole.state, whole.curve)
+    assert [step for _, step, _ in whole.curve] == sorted({*range(4, len(whole.steps), 4), len(whole.steps)})
     first = (kills[-1] - 1) // 4 * 4 + 1  # the epoch in which it died is repeated, none before
     assert resumed.steps == list(range(first, len(whole.steps) + 1))
 

@@ -181,6 +181,21 @@ def test_another_protocol_gives_no_verdict(change: dict[str, Any], says: str) ->
     assert found.evidence.startswith(says)
 
 
+def test_rows_of_two_protocols_are_no_sample() -> None:
+    mixed = [replace(r, preset="authors") if r.victim_seed == 0 else r for r in table1()]
+    found = verdict(mixed, "C1")
+    assert (found.verdict, found.evidence.partition(";")[0]) == ("no verdict", "rows of several protocols")
+    both = [row("badnets", "mcldef", 2.0, 81.0), row("badnets", "mcldef", 9.0, 70.0, preset="authors")]
+    assert [sheet.title.partition("preset ")[2][:7] for sheet in paper.sheets(both, 1)] == ["paper, ", "authors"]
+    assert [sheet.body[0][3] for sheet in paper.sheets(both, 1)] == ["2.00", "9.00"]
+
+
+def test_what_a_claim_does_not_look_at_cannot_forbid_it() -> None:
+    aside = [row("badnets", "mcldef", 50.0, 50.0, model="resnet18", budget="mid"),
+             row("none", "ft", 1.0, 80.0, overrides=("ft.lr=1",), budget="quick")]  # fmt: skip
+    assert verdict([*table1(), *aside], "C1").verdict == "reproduced"
+
+
 def test_few_victims_give_no_verdict() -> None:
     found = verdict([r for r in table1() if r.victim_seed < 1], "C1")
     assert found.verdict == "no verdict"
@@ -312,6 +327,13 @@ def test_one_victim_with_predictions_is_a_pair_of_models() -> None:
     (line,) = found[1].body
     assert line == ("badnets", "ft", "-28.00", "0:28", "<0.001", "+1.50", "3:0", "cannot fire")
     assert "These pairs of models only" in found[1].below[0]
+
+
+def test_several_victims_without_spread_are_not_called_one() -> None:
+    flat = [replace(r, asr=5.0, ba=80.0) if r.defense != "before" else r for r in two(3)]
+    found = inference.sheets(build(flat), predictions=lambda one: None)[1]
+    assert any("no spread over victims" in text for text in found.below)
+    assert not any("One victim" in text for text in found.below)
 
 
 def test_predictions_that_are_gone_are_counted() -> None:

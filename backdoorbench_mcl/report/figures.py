@@ -48,9 +48,7 @@ def text(given: str, limit: int = 60) -> str:
     return one_line(given, limit).replace("$", r"\$")
 
 
-def render(
-    made: Figure, kind: Literal["png", "svg"], *, dpi: int = 150, letters: Literal["path", "none"] = "path"
-) -> bytes:
+def render(made: Figure, kind: Kind, *, dpi: int = 150, letters: Literal["path", "none"] = "path") -> bytes:
     """The figure as a file; equal figures give equal bytes. letters: SVG text as outlines, or as (escaped) text."""
     from matplotlib import rc_context
 
