@@ -69,6 +69,19 @@ def value(text: str) -> Any:
         return text
 
 
+def typed(given: Any) -> str:
+    """What to type for a value: the inverse of `value`. Strings that read as themselves go without quotes.
+
+    Example: `typed("mesa")` is `mesa`, `typed("0.1")` is `'0.1'`, `typed((1, 2))` is `(1, 2)`.
+    """
+    if not isinstance(given, str) or not given or value(given) != given:
+        return repr(given)
+    try:
+        return given if split(given, quotes=True) == [given] else repr(given)
+    except UserError:
+        return repr(given)
+
+
 def assignments(text: str) -> dict[str, Any]:
     """`"a=1, b=x"` -> `{"a": 1, "b": "x"}`; raises UserError for anything that is no assignment, or a name twice."""
     out: dict[str, Any] = {}
@@ -184,5 +197,5 @@ def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
 
 __all__ = [
     "CLEAN_RATE", "Selection", "Sweep", "assignments", "overrides", "selection", "selections", "split", "sweep",
-    "swept", "value",
+    "swept", "typed", "value",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 from . import artefacts, cells, confine, datacache, params, plan, plugins, presets, provenance, request
 from .engines.local import Finished, Isolation, Local
@@ -199,12 +199,13 @@ def _require_room_for(runs: Path) -> None:
 
 
 def run_matrix(
-    options: Options, settings: Settings, announce: Callable[[str], None] = lambda line: None, live: bool | None = None
-) -> list[Row]:
+    options: Options, settings: Settings, announce: Callable[[str], None] = lambda line: None,
+    live: bool | None = None, stream: TextIO | None = None,
+) -> list[Row]:  # fmt: skip
     """Run a matrix; one row per cell in the order of the table.
 
-    `announce` receives the lines of `summary` and every plugin problem. Raises UserError for a request that cannot
-    be met; a cell that fails is a row with its reason instead.
+    `announce` receives the lines of `summary` and every plugin problem; progress goes to `stream` (default: stderr).
+    Raises UserError for a request that cannot be met; a cell that fails is a row with its reason instead.
     """
     check(settings)
     known = registry(announce)
@@ -229,7 +230,7 @@ def run_matrix(
             exclude_poisoned=asked.exclude_poisoned,
         )  # fmt: skip
         engine = Local(using.workers, settings.timeout, inline=using.isolation == "inline")
-        with Progress(len(graph.cells), live=live) as display:
+        with Progress(len(graph.cells), stream, live) as display:
             observers = known.plugins.observers
             return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
     finally:

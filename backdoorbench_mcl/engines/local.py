@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -95,6 +96,19 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Children do not import the main module, as those of multiprocessing do: they need nothing of it, importing a
+    command line takes time, and a script that calls `run` without `if __name__ == "__main__"` would run in each again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -132,8 +146,7 @@ class Local:
         self._done: list[Finished] = []
         self._context = multiprocessing.get_context("forkserver")
         if not inline:
-            # the main module as well: otherwise every child would import the command line again
-            self._context.set_forkserver_preload(["__main__", "backdoorbench_mcl.engines.warm"])
+            self._context.set_forkserver_preload(["backdoorbench_mcl.engines.warm"])
 
     def __enter__(self) -> Local:
         return self
@@ -155,7 +168,8 @@ class Local:
             self._done.append(self._conclude(folder, 0, False))
             return
         try:
-            forkserver.ensure_running()
+            with _no_main():
+                forkserver.ensure_running()
         except OSError as error:
             if "AF_UNIX" not in str(error):
                 raise
@@ -163,7 +177,7 @@ class Local:
                 f"the temporary folder {tempfile.gettempdir()} has too long a path for a socket (107 bytes with its "
                 "name); set TMPDIR to a shorter one, as in TMPDIR=/tmp"
             ) from error
-        with _undisturbed():
+        with _undisturbed(), _no_main():
             receive, send = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_child, args=(str(folder), send), daemon=True)
             process.start()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..params import typed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,10 +53,6 @@ def settings(preset: PresetName, budget: BudgetName, dataset: str) -> Settings:
     return out
 
 
-def _values(given: Any) -> str:
-    return ",".join(map(repr, given)) if isinstance(given, list) else repr(given)
-
-
 def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
     """Options of `--config FILE.toml` by parameter name: `attacks = "badnets"`, `seeds = "0-2"`, and for `--set` either
     a list or tables, `[set.mcldef]` with `temperature = 0.1`; for `--sweep` likewise, with lists of values. known: the
@@ -77,9 +74,10 @@ def read_config(file: Path, known: Collection[str]) -> dict[str, Any]:
             hint = f"did you mean {close[0]!r}?" if close else "see: bbmcl matrix --help"
             raise UserError(f"--config {file}: unknown option {key!r}; {hint}")
         if name == "set" and isinstance(value, Mapping):
-            value = [f"{method}.{p}={v!r}" for method, table in value.items() for p, v in dict(table).items()]
+            value = [f"{method}.{p}={typed(v)}" for method, table in value.items() for p, v in dict(table).items()]
         elif name == "sweep" and isinstance(value, Mapping):
-            value = [f"{method}.{p}={_values(v)}" for method, table in value.items() for p, v in dict(table).items()]
+            value = [f"{method}.{p}={','.join(map(typed, v if isinstance(v, list) else [v]))}"
+                     for method, table in value.items() for p, v in dict(table).items()]  # fmt: skip
         elif isinstance(value, list) and name not in ("set", "sweep"):
             value = ",".join(map(str, value))
         out[_PARAMETER.get(name, name.replace("-", "_"))] = value
