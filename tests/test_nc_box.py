@@ -182,6 +182,16 @@ def test_a_resumed_search_ends_in_the_same_bits(limits: dict[str, Any]) -> None:
         assert torch.equal(resumed.mask, whole.mask)
         assert torch.equal(resumed.pattern, whole.pattern)
         assert len(again.ticks) == len(bench.ticks) - save[1]["step"]
+        assert again.curve == bench.curve
+
+
+def test_each_pass_is_a_point_of_two_curves() -> None:
+    found, bench = run(NCBox(lr=0.05, batch=8, steps=7), Memory(), 1)  # 24 images: 3 steps a pass
+    assert [(name, step) for name, step, _ in bench.curve] == [
+        (name, step) for step in (3, 6, 7) for name in ("mask L1", "success in %")
+    ]
+    assert bench.curve[-2][2] == pytest.approx(float(found.mask.sum()))
+    assert all(0 <= value <= 100 for name, _, value in bench.curve if name == "success in %")
 
 
 def test_the_mask_is_fitted_to_augmented_images() -> None:

@@ -93,6 +93,7 @@ class Bench:
     ) -> None:
         self.lines: list[str] = []
         self.ticks: list[tuple[int, int, int]] = []
+        self.curve: list[tuple[str, int, float]] = []
         self.snapshot = Memory() if snapshot is None else snapshot
         self.settings: dict[str, Any] = {
             "tmp_path": Path("unused"),
@@ -101,6 +102,7 @@ class Bench:
             "classes": classes,
             "snapshot": self.snapshot,
             "tick": lambda done, total, count: self.ticks.append((done, total, count)),
+            "record": lambda name, step, value: self.curve.append((name, step, value)),
             "lines": self.lines,
         }
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -72,12 +72,17 @@ def objective(
     return F.cross_entropy(logits, goal) + lam * mask.abs().sum(), hits
 
 
+def _record(ctx: InverterContext, step: int, norm: float, success: float) -> None:
+    ctx.record("mask L1", step, norm)
+    ctx.record("success in %", step, success)
+
+
 @dataclass
 class Search:
     """Where the optimisation stands: everything that a resumed run needs to go on bit by bit.
 
     mask (H, W) and pattern (C, H, W, in the coordinates of its box) are the leaves of `adam`; best and stale watch the
-    mask's L1 norm over whole passes.
+    mask's L1 norm over whole passes; curve holds step, L1 and success in % after each.
     """
 
     mask: Tensor
@@ -86,6 +91,7 @@ class Search:
     step: int = 0
     best: float = math.inf
     stale: int = 0
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
 
     @classmethod
     def start(cls, shape: tuple[int, int, int], box: Box, lr: float, rng: torch.Generator) -> Search:
@@ -112,7 +118,7 @@ class Search:
 
     def meta(self) -> dict[str, Any]:
         """The counters, JSON-ready."""
-        return {"step": self.step, "best": self.best, "stale": self.stale}
+        return {"step": self.step, "best": self.best, "stale": self.stale, "curve": self.curve}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], rng: torch.Generator) -> None:
         """Continue from what `tensors` and `meta` gave."""
@@ -127,6 +133,7 @@ class Search:
         self.adam.load_state_dict(whole)
         rng.set_state(tensors["rng"].cpu())
         self.step, self.best, self.stale = int(meta["step"]), float(meta["best"]), int(meta["stale"])
+        self.curve = [(int(step), float(norm), float(success)) for step, norm, success in meta.get("curve", [])]
 
 
 class NCBox(Inverter):
@@ -175,6 +182,8 @@ class NCBox(Inverter):
         saved = ctx.snapshot.load()
         if saved is not None:
             search.restore(*saved, ctx.rng)
+            for point in search.curve:
+                _record(ctx, *point)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
         while search.step < total and search.stale <= self.patience:
             self._one_pass(model, target, ctx, box, search, total)
@@ -210,5 +219,7 @@ class NCBox(Inverter):
                 f"{self.name}: loss {mean_loss} and mask L1 {norm} at step {search.step}; lower lr={self.lr}"
             )
         search.watch(norm)
+        search.curve.append((search.step, norm, 100 * success))
+        _record(ctx, *search.curve[-1])
         line = f"loss {mean_loss:.4f}, mask L1 {norm:.2f}, success {100 * success:.1f} %"
         ctx.log(f"step {search.step} of {total}: {line}")
