@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from . import params, runner
+from . import evaluate, params, runner
 from .request import CONTROL, Options
 from .rows import Row
 
@@ -73,7 +73,8 @@ def load_results(runs: str | os.PathLike[str] | None = None, *, parameters: bool
     """Every stored cell of a runs folder as a tidy frame, by data set, attack, seed and defense.
 
     Columns are the fields of `rows.Row`: percentages (0-100, unrounded), counts `*_k` of `*_n`, seconds, MB; what is
-    undefined is missing. The floor of `asr` is `ftr`. Tuples are text, as in `target, location`.
+    undefined is missing. The floor of `asr` is `ftr`: `asr_at_floor` tells that nothing is left to compare, and
+    `target_class_erased` that the model hardly says the target any more. Tuples are text, as in `target, location`.
 
     Args:
         runs: folder of results; default: the environment variable BBMCL_RUNS, else `bbmcl-runs`.
@@ -100,6 +101,8 @@ def frame(rows: Sequence[Row], parameters: bool = False) -> pd.DataFrame:
         values = [getattr(row, field.name) for row in rows]
         texts = [", ".join(value) if isinstance(value, tuple) else value for value in values]
         out[field.name] = pd.Series(texts, dtype=_dtype(hints[field.name]))
+    marks = [evaluate.marks(row) for row in rows]
+    out |= {name: pd.Series([one[name] for one in marks], dtype="boolean") for name in evaluate.MARKS}
     if parameters:
         found = [_parameters(row) for row in rows]
         for name in dict.fromkeys(name for one in found for name in one):
@@ -108,7 +111,7 @@ def frame(rows: Sequence[Row], parameters: bool = False) -> pd.DataFrame:
 
 
 def _dtype(hint: Any) -> str:
-    """`float | None` -> `Float64`; what is no number and no truth value is an object."""
+    """`float | None` -> `float64`; what is no number and no truth value is an object."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
     return _DTYPES.get(kinds[0], "object") if len(kinds) == 1 else "object"
 

@@ -305,7 +305,7 @@ class Builder:
             inverter=inverter, clean_n=None if rate is None else cells.clean_count(request.data.n_train, rate),
             target=attack.attack_target,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
-            toy=request.data.toy, overrides=self.overrides(attack, defense), params=resolved,
+            toy=request.data.toy, data=request.data.note, overrides=self.overrides(attack, defense), params=resolved,
         )  # fmt: skip
 
     def overrides(self, attack: Described, defense: Described | None) -> tuple[str, ...]:

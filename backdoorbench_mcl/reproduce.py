@@ -105,9 +105,8 @@ def _printed(found: Suite, settings: runner.Settings, rows: Sequence[Row]) -> tu
     out = []
     if found.table is not None:
         out += paper.sheets(rows, found.table)
-    if found.claims:  # a claim may rest on several targets: whatever of the same protocol is stored counts
-        same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
-        out.append(claims.sheet(same, found.claims))
+    if found.claims:
+        out.append(claims.sheet(runner.stored_rows(settings.runs), rows, found.claims))
     return tuple(out)
 
 

@@ -87,6 +87,7 @@ class Row:
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False
+    data: str = ""  # what is known of the images: "lossless", "JPEG", a split, how many; "" in rows stored earlier
     overrides: tuple[str, ...] = ()  # the `--set` lines of the run, which depart from preset and budget
     params: Mapping[str, Any] = field(default_factory=dict)  # resolved parameters of attack, model, defense, recipes
     versions: Mapping[str, str] = field(default_factory=dict)

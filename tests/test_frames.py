@@ -66,6 +66,7 @@ def test_columns_and_types_do_not_depend_on_the_rows() -> None:
     assert whole.asr.dtype == np.float64
     assert whole.asr_k.dtype == "Int64"
     assert whole.toy.dtype == "boolean"
+    assert whole.target_class_erased.dtype == "boolean"
     assert not frame([]).columns.duplicated().any()
 
 

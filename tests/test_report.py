@@ -19,6 +19,7 @@ from made import make
 from rich.cells import cell_len
 
 from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.evaluate import MARKS
 from backdoorbench_mcl.report import FORMATS, Format, render
 from backdoorbench_mcl.report.formats import md, tex
 from backdoorbench_mcl.report.grid import Cell, Line, build, ranks
@@ -295,7 +296,7 @@ def test_json_is_one_array_of_rows_without_nan() -> None:
     rows = [*example(), make("badnets", "x", 4.0, seconds=math.nan, params={"defense": {"lr": math.inf, "n": (1, 2)}})]
     found = json.loads(render(rows, "json"), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert [Row.from_dict(cell) for cell in found[:-1]] == rows[:-1]
-    assert list(found[0]) == [field.name for field in fields(Row)]
+    assert list(found[0]) == [*(field.name for field in fields(Row)), *MARKS]
     assert found[-1]["seconds"] is None
     assert found[-1]["params"] == {"defense": {"lr": None, "n": [1, 2]}}
     assert len(render(rows, "json").splitlines()) == len(rows) + 2  # a cell a line
@@ -305,7 +306,7 @@ def test_json_is_one_array_of_rows_without_nan() -> None:
 def test_csv_is_flat() -> None:
     rows = [*example(), make("badnets", "x", state="failed", reason='=HYPERLINK("a"),\n\x1b[2Jb')]
     found = list(csv.DictReader(io.StringIO(render(rows, "csv"))))
-    assert list(found[0]) == [field.name for field in fields(Row)]
+    assert list(found[0]) == [*(field.name for field in fields(Row)), *MARKS]
     assert (found[0]["asr_k"], found[0]["asr_n"], found[0]["clean_rate"]) == ("8968", "9000", "")
     assert json.loads(found[1]["params"]) == rows[1].params
     assert json.loads(found[3]["knows"]) == ["target"]
@@ -437,3 +438,18 @@ def test_layout(name: str, rows: list[Row], fmt: Format, options: dict[str, Any]
 if __name__ == "__main__":
     for layout, cells, kind, given in LAYOUTS:
         (GOLDEN / layout).write_text(render(cells, kind, **given) + "\n", encoding="utf-8")
+
+
+def test_copies_and_splits_that_move_the_numbers_are_told_below_the_table() -> None:
+    rows = [replace(row, data="JPEG; 50000 train + 10000 test images") for row in example()]
+    assert "Images: JPEG; 50000 train + 10000 test images." in " ".join(render(rows, "table", width=200).split())
+    plain = [replace(row, data="lossless; 50000 train + 10000 test images") for row in example()]
+    assert "Images:" not in render(plain, "table", width=200)
+
+
+def test_a_clean_set_without_copies_of_poisoned_images_is_a_table_of_its_own() -> None:
+    rows = [make("badnets", "ft", 5.0, 80.0, victim_seed=0),
+            make("badnets", "ft", 9.0, 80.0, victim_seed=1, params={"exclude_poisoned": True})]  # fmt: skip
+    blocks = build(rows)
+    assert [block.lines[0].cells[-1].asr.mean for block in blocks] == [5.0, 9.0]  # type: ignore[union-attr]
+    assert blocks[1].title.endswith("without clean copies of poisoned images")

@@ -25,7 +25,7 @@ def test_a_victim_counts_once_however_often_it_was_repaired() -> None:
     assert found is not None
     assert (found.mean, found.victims, found.runs) == (6.0, 2, 4)
     assert found.sd == pytest.approx(stdev([2.0, 10.0]))
-    assert (found.low, found.high) == (2.0, 10.0)
+    assert found.means == (2.0, 10.0)
 
 
 def test_one_victim_has_the_spread_of_its_draws_and_no_interval() -> None:
@@ -92,8 +92,11 @@ def test_only_victims_that_both_faced_are_compared() -> None:
 def test_no_test_that_cannot_fire() -> None:
     one = s.of_differences([-30.0])
     assert (one.p, one.interval, one.significant) == (None, None, False)
-    assert "one victim" in one.why
-    flat = s.of_differences([-1.0, -1.0, -1.0])
+    assert one.why == "fewer than 5 victims"
+    four = s.of_differences([-30.0, -31.0, -29.0, -30.5])  # spec 12.2: below five the values and no interval
+    assert (four.p, four.interval, four.significant) == (None, None, False)
+    assert four.values == (-30.0, -31.0, -29.0, -30.5)
+    flat = s.of_differences([-1.0] * 5)
     assert flat.p is None
     assert "no spread" in flat.why
     assert s.mcnemar(5, 0) is None  # the smallest p there is: 2/32
@@ -103,6 +106,20 @@ def test_no_test_that_cannot_fire() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_against_statsmodels(p: list[float]) -> None:
     assert s.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    changes = [-1.0, 0.2, -1.9, -0.4, -1.6, -0.9]
+    lower = stats.ttest_1samp(changes, -2.0, alternative="greater").pvalue
+    upper = stats.ttest_1samp(changes, 2.0, alternative="less").pvalue
+    assert s.equivalent(changes, 2.0) == pytest.approx(max(lower, upper))
+    assert s.equivalent([-value for value in changes], 2.0) == pytest.approx(max(lower, upper))
+    assert s.equivalent(changes[:4], 2.0) is None
+    assert s.equivalent([1.0] * 5, 2.0) is None
+
+
+def test_holm_leaves_out_what_is_no_number() -> None:
+    assert s.holm([math.nan, 0.001, 0.04]) == [None, 0.002, 0.04]
 
 
 def test_holm_leaves_out_what_was_not_tested() -> None:
@@ -143,6 +160,17 @@ def test_a_prediction_interval_by_hand() -> None:
     outside = s.predicted(values, 60.0, images)
     assert outside is not None
     assert not outside.inside
+
+
+@pytest.mark.parametrize("edge", [0.0, 100.0])
+def test_a_printed_0_or_100_agrees_with_the_same_number_five_times(edge: float) -> None:
+    found = s.predicted([edge] * 5, edge, 9000, logit=True)
+    assert found is not None
+    assert found.inside
+    assert found.half < 1
+    other = s.predicted([abs(edge - 40.0 - v) for v in range(5)], edge, 9000, logit=True)
+    assert other is not None
+    assert not other.inside
 
 
 def test_a_prediction_interval_on_the_logit_scale_stays_within_0_and_100() -> None:

@@ -2,22 +2,24 @@
 
 A claim is a set of paired differences, signed so that positive means "as claimed" and corrected together by Holm:
 reproduced where all are significantly positive, not reproduced where one is significantly negative, else inconclusive.
-Fewer than five victims, another budget than `full` or a departure from the protocol give no verdict at all; the
-numbers are shown all the same.
+A cell of which a run is missing, whose attack is flagged or which deleted the target class proves nothing. Fewer than
+five victims, another budget than `full` or a departure from the protocol give no verdict at all; the numbers are shown
+all the same.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
 from .. import params
-from ..evaluate import floor_raised, target_class_erased, tied_at_floor
 from ..rows import Row
 from . import paper, statistics
+from .grid import Cell, cell_of, excluding
 from .inference import p_text, shared
 from .sheets import Sheet
 from .statistics import Difference
@@ -55,18 +57,53 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One difference that a claim is made of. values: one a victim, positive as claimed; None where `why` says so."""
+    """One difference that a claim is made of. values: one a victim, positive as claimed; None where `why` says so.
+
+    margin: where the claim is that something stays within it on either side; values then are the changes themselves.
+    """
 
     name: str
     values: tuple[float, ...] | None
     why: str = ""
+    margin: float | None = None
+
+    @property
+    def signed(self) -> tuple[float, ...] | None:
+        """The values; of a margin, what is left of it on the nearer side."""
+        if self.values is None or self.margin is None:
+            return self.values
+        nearer = -1 if fmean(self.values) < 0 else 1
+        return tuple(self.margin - nearer * change for change in self.values)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a contrast came to. p: of the test that it holds; refuted: whether it is significantly the other way."""
+
+    contrast: Contrast
+    found: Difference | None = None
+    p: float | None = None
+    refuted: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is significantly as claimed."""
+        return self.found is not None and self.found.mean > 0 and self.p is not None and self.p < statistics.LEVEL
+
+    @property
+    def text(self) -> str:
+        """The difference and its p, or why there is none."""
+        if self.found is None or self.contrast.values is None:
+            return f"{self.contrast.name}: {self.contrast.why}"
+        p = p_text(self.p)
+        return f"{self.contrast.name}: {fmean(self.contrast.values):+.2f}" + (f" (p {p})" if p else "")
 
 
 class Board:
-    """Finished rows of one data set on the paper's network, by what they are of; `used`: what a claim looked at."""
+    """Rows of one data set on the paper's network, by what they are of; `used`: what a claim looked at."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if row.state == "ok" and (row.toy or row.model == _network(row))]
+        self.rows = [row for row in rows if row.toy or row.model == _network(row)]
         self.used: list[Row] = []
 
     def look(self, wanted: Callable[[Row], bool]) -> list[Row]:
@@ -78,12 +115,12 @@ class Board:
     def get(
         self, attack: str, defense: str, *, rate: float = paper.CLEAN_RATE, train: bool | None = False,
         defend: bool = True,
-    ) -> list[Row]:  # fmt: skip
-        """The runs of one cell. train, defend: whether victim and repair are augmented, train None for any."""
-        return self.look(
+    ) -> Cell:  # fmt: skip
+        """One cell. train, defend: whether victim and repair are augmented, train None for any."""
+        return cell_of(self.look(
             lambda row: row.attack == attack and row.defense == defense and row.clean_rate == rate
             and train in (None, _augmented(row, "train", train)) and defend == _augmented(row, "defend", defend)
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _network(row: Row) -> str | None:
@@ -95,19 +132,58 @@ def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
     return unknown if found is None else bool(found != "none")
 
 
-def judge(rows: Sequence[Row]) -> list[Finding]:
-    """A finding for each claim; rows: of any data sets and targets.
+def fitting(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """Those of `rows` that follow the protocol of a run, whose rows are `own`: a claim may rest on several targets.
 
-    Rows of several presets, budgets or precisions give no verdict: they are no sample of one protocol.
-    Example: `judge(stored_rows(runs, lambda row: row.preset == "paper"))`
+    The same data set (or another one as published), preset, budget, precision and clean set, and no `--set` line that
+    the run did not have. What the run has itself comes from it alone.
+    """
+    protocol = _protocol(own[0])
+    lines = {line for row in own for line in _unpinned(row)}
+    labels = {params.selection(row.dataset).name: row.dataset for row in own}
+    mine = {_place(row) for row in own}
+
+    def fits(row: Row) -> bool:
+        name = params.selection(row.dataset).name
+        same = _protocol(row) == protocol and row.dataset == labels.get(name, name)
+        return same and (not row.toy or row.model == own[0].model) and lines >= set(_unpinned(row))
+
+    return [*own, *(row for row in rows if _place(row) not in mine and fits(row))]
+
+
+def _protocol(row: Row) -> tuple[object, ...]:
+    return row.preset, row.budget, row.precision, excluding(row)
+
+
+def _place(row: Row) -> tuple[object, ...]:
+    """Which run of which cell a row is, whatever its protocol."""
+    augmented = _augmented(row, "train", None), _augmented(row, "defend", None)
+    return (row.dataset, row.model, row.attack, row.defense, row.clean_rate, *augmented, row.victim_seed,
+            row.defense_seed)  # fmt: skip
+
+
+def _table(row: Row) -> int:
+    """The printed table whose recipes a row has."""
+    return 5 if _augmented(row, "train", False) else 1 if _augmented(row, "defend", True) else 4
+
+
+def _unpinned(row: Row) -> list[str]:
+    return paper.unpinned(row, _table(row))
+
+
+def judge(rows: Sequence[Row], dataset: str = "cifar10") -> list[Finding]:
+    """A finding for each claim; rows: of one protocol (see `fitting`), of any data sets and targets.
+
+    dataset: the bare name of the one that was run; claims of another are answered "not run".
+    Example: `judge(fitting(stored_rows(runs), rows))`
     """
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(params.selection(row.dataset).name, []).append(row)
-    return [_finding(claim, by_name) for claim in TEXTS]
+    return [_finding(claim, by_name, dataset) for claim in TEXTS]
 
 
-def _finding(claim: str, by_name: Mapping[str, Sequence[Row]]) -> Finding:
+def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> Finding:
     if claim == "C3":
         contrasts, rows = [], []
         for name in ("gtsrb", "imagenet20"):
@@ -115,9 +191,8 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]]) -> Finding:
             contrasts += _c3(board, name)
             rows += board.used
         return _verdict(claim, contrasts, rows, 6 * (len(RIVALS) + 1))
-    # the toy stands in for CIFAR-10 where nothing else was run: its findings are shown without a verdict
-    rows = list(by_name.get("cifar10") or [row for some in by_name.values() for row in some if row.toy])
-    board = Board(rows)
+    # a toy stands in for CIFAR-10: its findings are shown without a verdict
+    board = Board([row for row in by_name.get(dataset, ()) if row.toy or dataset == "cifar10"])
     contrasts, expected = _CLAIMS[claim](board)
     return _verdict(claim, contrasts, board.used, expected)
 
@@ -125,92 +200,99 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]]) -> Finding:
 def _verdict(claim: str, contrasts: Sequence[Contrast], rows: Sequence[Row], expected: int) -> Finding:
     if not contrasts:
         return Finding(claim, "not run", "nothing that this claim needs is stored")
-    tested = [None if c.values is None else statistics.of_differences(c.values) for c in contrasts]
-    corrected = statistics.holm([None if d is None else d.p for d in tested])
-    found = [None if d is None else replace(d, p_holm=p) for d, p in zip(tested, corrected, strict=True)]
-    details = tuple(_told(c, d) for c, d in zip(contrasts, found, strict=True))
-    evidence = _evidence(found, details)
+    found = _tested(contrasts)
+    details = tuple(outcome.text for outcome in found)
+    evidence = _evidence(found)
     missing = expected - len(contrasts)
     if missing > 0:
         evidence = f"{missing} of {expected} comparisons have not been run; {evidence}"
     reason = _no_verdict(rows, found)
     if reason:
         return Finding(claim, "no verdict", f"{reason}; {evidence}", details)
-    if any(d is not None and d.significant and d.mean < 0 for d in found):
+    if any(outcome.refuted for outcome in found):
         return Finding(claim, "not reproduced", evidence, details)
-    if missing <= 0 and all(d is not None and d.significant for d in found):
+    if missing <= 0 and all(outcome.holds for outcome in found):
         return Finding(claim, "reproduced", evidence, details)
     return Finding(claim, "inconclusive", evidence, details)
 
 
-def _evidence(found: Sequence[Difference | None], details: Sequence[str]) -> str:
+def _tested(contrasts: Sequence[Contrast]) -> list[Outcome]:
+    """Each contrast tested; two-sided p values are corrected over the claim. That something stays within a margin is
+    tested by TOST, not corrected: a claim holds only if all of its contrasts do.
+    """
+    tested = [None if c.signed is None else statistics.of_differences(c.signed) for c in contrasts]
+    corrected = statistics.holm([None if d is None else d.p for d in tested])
+    out = []
+    for contrast, found, p in zip(contrasts, tested, corrected, strict=True):
+        refuted = found is not None and found.mean < 0 and p is not None and p < statistics.LEVEL
+        if contrast.margin is not None and contrast.values is not None:
+            p = statistics.equivalent(contrast.values, contrast.margin)
+        out.append(Outcome(contrast, found, p, refuted))
+    return out
+
+
+def _evidence(found: Sequence[Outcome]) -> str:
     """How many differences are as claimed, and those that are not."""
-    good = [d for d in found if d is not None and d.mean > 0]
-    significant = sum(d.significant for d in good)
-    others = [text for d, text in zip(found, details, strict=True) if d is None or d.mean <= 0]
+    good = [one for one in found if one.found is not None and one.found.mean > 0]
+    others = [one.text for one in found if one not in good]
     text = f"{len(good)} of {len(found)} as claimed"
-    if any(d is not None and d.p is not None for d in found):
-        text += f", {significant} of them significantly"
+    if any(one.p is not None for one in found):
+        text += f", {sum(one.holds for one in good)} of them significantly"
     return text + (f"; not: {'; '.join(others)}" if others else "")
 
 
-def _no_verdict(rows: Sequence[Row], found: Sequence[Difference | None]) -> str:
+def _no_verdict(rows: Sequence[Row], found: Sequence[Outcome]) -> str:
     if any(row.toy for row in rows):
         return "toy data set"
-    if len({(row.preset, row.budget, row.precision) for row in rows}) > 1:
+    if len({_protocol(row) for row in rows}) > 1:
         return "rows of several protocols"
     budgets = sorted({row.budget for row in rows} - {"full"})
     if budgets:
         return f"scaled protocol (budget {', '.join(budgets)})"
-    if any(row.preset == "clean" for row in rows):
-        return "preset clean is not the paper's protocol"
-    overridden = sorted({line for row in rows for line in paper.unpinned(row, *paper.TABLES)})
-    if overridden:
-        return f"departs from the protocol: --set {' '.join(overridden)}"
-    least = min((d.victims for d in found if d is not None), default=0)
-    if least < statistics.MIN_VICTIMS:
-        return f"n = {least}: fewer than {statistics.MIN_VICTIMS} victims"
+    departures = sorted({why for row in rows if (why := paper.departure(row, _table(row), any_rate=True))})
+    if departures:
+        return f"departs from the protocol: {'; '.join(departures)}"
+    victims = [one.found.victims for one in found if one.found is not None]
+    if not victims:
+        return "nothing could be compared"
+    if min(victims) < statistics.MIN_VICTIMS:
+        return f"n = {min(victims)}: fewer than {statistics.MIN_VICTIMS} victims"
     return ""
-
-
-def _told(contrast: Contrast, found: Difference | None) -> str:
-    if found is None:
-        return f"{contrast.name}: {contrast.why}"
-    p = p_text(found.p_holm)
-    return f"{contrast.name}: {found.mean:+.2f}" + (f" (p {p})" if p else "")
 
 
 # ---------------------------------------------------------------- contrasts
 
 
-def _less(first: Sequence[Row], second: Sequence[Row], name: str, label: str) -> list[Contrast]:
-    """first has less of a field than second, paired by victim; nothing where no victim is shared."""
-    a, b = shared(first, second, name)
-    if not a:
+def _less(first: Cell, second: Cell, name: str, label: str) -> list[Contrast]:
+    """first has less of a field than second, paired by victim; nothing where one has not been run."""
+    if not first.runs or not second.runs:
         return []
-    if any(target_class_erased(row.tca, row.tca_before) for row in (*first, *second)):
-        return [Contrast(label, None, "target class erased")]
-    if name == "asr" and _at_floor(first) and _at_floor(second):
-        return [Contrast(label, None, "tied at the floor")]
-    return [Contrast(label, tuple(fmean(b[victim]) - fmean(a[victim]) for victim in a))]
+    a, b = shared(name, first.ok, second.ok)
+    why = paper.untestable(first, second) or ("" if a else f"no seed with a value of {_NAMES[name]} in both")
+    if not why and name == "asr" and first.floor and second.floor:
+        why = "tied at the floor"
+    return [Contrast(label, None if why else tuple(fmean(b[v]) - fmean(a[v]) for v in a), why)]
 
 
-def _at_floor(rows: Sequence[Row]) -> bool:
-    return tied_at_floor(*rows) and not any(floor_raised(row.ftr, row.ftr_before) for row in rows)
-
-
-def _more(first: Sequence[Row], second: Sequence[Row], name: str, label: str) -> list[Contrast]:
+def _more(first: Cell, second: Cell, name: str, label: str) -> list[Contrast]:
     return _less(second, first, name, label)
 
 
-def _by_victim(rows: Sequence[Row], label: str, value: Callable[[Row], float | None]) -> list[Contrast]:
-    """A value of each row, averaged per victim."""
+def _by_victim(
+    cell: Cell, label: str, value: Callable[[Row], float | None], margin: float | None = None, erased: bool = False
+) -> list[Contrast]:
+    """A value of each run, averaged per victim. erased: whether a run that deleted the target class counts."""
+    if not cell.runs:
+        return []
+    why = paper.untestable(replace(cell, erased=cell.erased and not erased))
     groups: dict[int, list[float]] = {}
-    for row in rows:
+    for row in cell.ok:
         found = value(row)
-        if found is not None:
+        if found is not None and math.isfinite(found):
             groups.setdefault(row.victim_seed, []).append(found)
-    return [Contrast(label, tuple(fmean(group) for group in groups.values()))] if groups else []
+    if not why and sum(map(len, groups.values())) < len(cell.ok):
+        why = "values are missing"
+    return [Contrast(label, None if why else tuple(fmean(group) for group in groups.values()), why, margin)]
 
 
 def _c1(board: Board) -> tuple[list[Contrast], int]:
@@ -242,9 +324,9 @@ def _c3(board: Board, dataset: str) -> list[Contrast]:
     for attack in POISONED_LABEL:
         ours = board.get(attack, OURS, train=train)
         rivals = {rival: board.get(attack, rival, train=train) for rival in RIVALS}
-        for rival, rows in rivals.items():
-            out += _more(ours, rows, "ba_nt", f"{dataset} {attack}, BA nt above {rival}")
-        means = {r: fmean(paper.per_victim(rows, "asr")) for r, rows in rivals.items() if paper.per_victim(rows, "asr")}
+        for rival, cell in rivals.items():
+            out += _more(ours, cell, "ba_nt", f"{dataset} {attack}, BA nt above {rival}")
+        means = {rival: mean for rival, cell in rivals.items() if (mean := cell.mean("asr")) is not None}
         ranked = sorted(means, key=lambda rival: means[rival])
         if len(ranked) > 1:
             out += _less(ours, rivals[ranked[1]], "asr", f"{dataset} {attack}, ASR below the second rival, {ranked[1]}")
@@ -268,18 +350,19 @@ def _c5(board: Board) -> tuple[list[Contrast], int]:
     contrasts = []
     for attack in CIFAR:
         for rival in ("ft", "nad"):
-            four = [paper.nested(board.get(attack, d, defend=a), "asr") for d in (rival, OURS)
-                    for a in (False, True)]  # fmt: skip
-            victims = [v for v in four[0] if all(v in cell for cell in four)]
-            if victims:
-                a, b, c, d = ([fmean(cell[v]) for v in victims] for cell in four)
-                values = tuple((w - x) - (y - z) for w, x, y, z in zip(a, b, c, d, strict=True))
-                contrasts.append(Contrast(f"{attack}, ASR of {rival} rises without augmentation, by more", values))
+            four = [board.get(attack, d, defend=a) for d in (rival, OURS) for a in (False, True)]
+            if not all(cell.runs for cell in four):
+                continue
+            label = f"{attack}, ASR of {rival} rises without augmentation, by more"
+            a, b, c, d = shared("asr", *(cell.ok for cell in four))
+            why = paper.untestable(*four) or ("" if a else "no seed in all four")
+            values = tuple((fmean(a[v]) - fmean(b[v])) - (fmean(c[v]) - fmean(d[v])) for v in a)
+            contrasts.append(Contrast(label, None if why else values, why))
     return contrasts, 2 * len(CIFAR)
 
 
 def _c6(board: Board) -> tuple[list[Contrast], int]:
-    def get(attack: str, defense: str) -> list[Row]:
+    def get(attack: str, defense: str) -> Cell:
         return board.get(attack, defense, train=True)
 
     contrasts = []
@@ -352,7 +435,7 @@ def _c9(board: Board) -> tuple[list[Contrast], int]:
     for attack in CIFAR:
         taus = sorted(tau for a, tau in found if a == attack)
         if len(taus) > 1:
-            low, high = found[attack, taus[0]], found[attack, taus[-1]]
+            low, high = cell_of(found[attack, taus[0]]), cell_of(found[attack, taus[-1]])
             for name in ("asr", "ba"):
                 label = f"{attack}, {_NAMES[name]} at {taus[0]:g} below {taus[-1]:g}"
                 contrasts += _less(low, high, name, label)
@@ -360,18 +443,16 @@ def _c9(board: Board) -> tuple[list[Contrast], int]:
 
 
 def _c10(board: Board) -> tuple[list[Contrast], int]:
-    """How far TCA stays inside the margin, on the side where it is nearer to leaving it."""
-    contrasts = []
-    for attack in CIFAR:
-        values = _by_victim(
-            board.get(attack, OURS), "",
-            lambda row: None if row.tca is None or row.tca_before is None else row.tca - row.tca_before,
-        )  # fmt: skip
-        for found in values:
-            changes = found.values or ()
-            nearer = -1 if fmean(changes) < 0 else 1
-            inside = tuple(statistics.BA_MARGIN - nearer * change for change in changes)
-            contrasts.append(Contrast(f"{attack}, TCA {fmean(changes):+.2f}, left of the margin", inside))
+    """The change of TCA stays within the margin on both sides; a class that is gone has left it."""
+
+    def change(row: Row) -> float | None:
+        return None if row.tca is None or row.tca_before is None else row.tca - row.tca_before
+
+    contrasts = [
+        contrast for attack in CIFAR
+        for contrast in _by_victim(
+            board.get(attack, OURS), f"{attack}, change of TCA", change, statistics.BA_MARGIN, erased=True)
+    ]  # fmt: skip
     return contrasts, len(CIFAR)
 
 
@@ -380,12 +461,15 @@ _CLAIMS: Mapping[str, Callable[[Board], tuple[list[Contrast], int]]] = {
 }  # fmt: skip
 
 
-def sheet(rows: Sequence[Row], only: Sequence[str] = ()) -> Sheet:
-    """The claims, or those named in `only`, as a table."""
-    found = [finding for finding in judge(rows) if not only or finding.claim in only]
+def sheet(stored: Sequence[Row], own: Sequence[Row], only: Sequence[str] = ()) -> Sheet:
+    """The claims, or those named in `only`, as a table. own: the rows of a run (not empty), stored: of its folder."""
+    one = own[0]
+    judged = judge(fitting(stored, own), params.selection(one.dataset).name)
+    found = [finding for finding in judged if not only or finding.claim in only]
     body = tuple((f.claim, TEXTS[f.claim], f.verdict) for f in found)
     below = tuple(f"{f.claim}: {f.evidence}." for f in found if f.verdict != "not run")
-    return Sheet("Claims", ("", "claim", "verdict"), body, 3, below)
+    title = f"Claims: {one.dataset}, preset {one.preset}, budget {one.budget}, {one.precision}"
+    return Sheet(title, ("", "claim", "verdict"), body, 3, below)
 
 
-__all__ = ["TEXTS", "Board", "Finding", "judge", "sheet"]
+__all__ = ["TEXTS", "Board", "Finding", "fitting", "judge", "sheet"]

@@ -69,13 +69,20 @@ class Cell:
         return self.undefined if present == {"n/a"} else "/".join(state for state in STATES if state in present)
 
     @property
-    def ranked(self) -> bool:
-        """Whether the cell may be compared with its neighbours: every planned run finished, no class deleted.
+    def held_back(self) -> int:
+        """Runs that the gate kept from being made: they are missing in all columns alike."""
+        return sum(row.state == "n/a" and row.gate == "weak" for row in self.runs)
 
-        Runs that the gate held back are missing in all columns alike and do not count against a cell.
+    @property
+    def incomparable(self) -> str:
+        """Why the cell may not be compared with its neighbours, "" if it may.
+
+        Runs that the gate held back do not count against a cell.
         """
-        held_back = sum(row.state == "n/a" and row.gate == "weak" for row in self.runs)
-        return bool(self.ok) and len(self.ok) + held_back == len(self.runs) and not self.erased
+        if self.erased:
+            return "target class erased"
+        planned = len(self.runs) - self.held_back
+        return "" if self.ok and len(self.ok) == planned else f"{len(self.ok)} of {planned} runs finished"
 
     def mean(self, name: str) -> float | None:
         """Mean of any numeric field of the finished runs, None where no run has it."""
@@ -144,17 +151,23 @@ def build(rows: Sequence[Row]) -> list[Block]:
         # An undefended victim has neither clean rate nor recipe of a repair: it belongs to the blocks of all of them.
         victims = [row for row in protocol if row.defense == BEFORE]
         repaired = [row for row in protocol if row.defense != BEFORE]
-        groups = _grouped(repaired, lambda r: (r.clean_rate, _recipe(r, "train"), _recipe(r, "defend")))
+        groups = _grouped(repaired, lambda r: (r.clean_rate, _recipe(r, "train"), _recipe(r, "defend"), excluding(r)))
         for train in _grouped(victims, lambda r: _recipe(r, "train")):
-            if all(recipe not in ("", train) for _, recipe, _ in groups):
-                groups[None, train, ""] = []
+            if all(recipe not in ("", train) for _, recipe, _, _ in groups):
+                groups[None, train, "", False] = []
         several = _recipes(protocol)
-        for (rate, train, _), group in groups.items():
+        for (rate, train, _, excluded), group in groups.items():
             fitting = [r for r in victims if r.clean_rate in (None, rate) and _recipe(r, "train") in ("", train)]
             ids = {id(row) for row in (*fitting, *group)}
             block = _block([row for row in protocol if id(row) in ids])  # in the order given
-            out.append(replace(block, recipe=_told(block.rows, several)))
+            told = ("without clean copies of poisoned images",) if excluded else ()
+            out.append(replace(block, recipe=_told(block.rows, several) + told))
     return out
+
+
+def excluding(row: Row) -> bool:
+    """Whether clean copies of poisoned images were kept out of the clean set (`--exclude-poisoned`)."""
+    return bool(row.params.get("exclude_poisoned"))
 
 
 def _recipe(row: Row, name: str) -> str:
@@ -206,7 +219,7 @@ def _block(rows: list[Row]) -> Block:
         cells = []
         for column in columns:
             runs = befores[attack] if column.before else [row for row in group if row.defense == column.label]
-            cells.append(_cell(runs, befores[attack]) if runs else None)
+            cells.append(cell_of(runs, befores[attack]) if runs else None)
         flagged = any(
             row.gate == "flagged" or (row.gate == "weak" and row.state == "ok" and row.defense != BEFORE)
             for row in group
@@ -239,14 +252,15 @@ def _before(rows: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _cell(runs: Sequence[Row], before: Sequence[Row]) -> Cell:
+def cell_of(runs: Sequence[Row], before: Sequence[Row] = ()) -> Cell:
+    """The cell of some runs, without ranks; before: undefended victims, for runs that do not tell of theirs."""
     cell = Cell(tuple(runs))
     known = {row.victim_seed: row.tca for row in before}
     return replace(
         cell,
         asr=_stat(cell.ok, "asr"),
         ba=_stat(cell.ok, "ba"),
-        floor=tied_at_floor(*cell.ok) and not floor_raised(cell.mean("ftr"), _before_of(cell.ok, before, "ftr")),
+        floor=tied_at_floor(*cell.ok) and not floor_raised(cell.mean("ftr"), _before_of(cell.ok, before)),
         erased=any(
             target_class_erased(row.tca, known.get(row.victim_seed) if row.tca_before is None else row.tca_before)
             for row in cell.ok
@@ -254,11 +268,13 @@ def _cell(runs: Sequence[Row], before: Sequence[Row]) -> Cell:
     )
 
 
-def _before_of(runs: Sequence[Row], before: Sequence[Row], name: str) -> float | None:
-    """Mean of a field of the undefended victims that `runs` repaired, None unless all of them have it."""
-    faced = {row.victim_seed for row in runs}
-    values = [getattr(row, name) for row in before if row.victim_seed in faced]
-    return fmean(values) if len(values) == len(faced) and None not in values and values else None
+def _before_of(runs: Sequence[Row], before: Sequence[Row]) -> float | None:
+    """Mean FTR of the undefended victims that `runs` repaired, None unless all of them have it."""
+    known = {row.victim_seed: row.ftr for row in before}
+    known |= {row.victim_seed: row.ftr_before for row in runs if row.ftr_before is not None}
+    values = [known.get(victim) for victim in {row.victim_seed for row in runs}]
+    told = [value for value in values if value is not None]
+    return fmean(told) if told and len(told) == len(values) else None
 
 
 def _stat(rows: Iterable[Row], name: str) -> Stat | None:
@@ -276,7 +292,7 @@ def _stat(rows: Iterable[Row], name: str) -> Stat | None:
 
 def _rank(cells: Sequence[Cell | None], columns: Sequence[Column], flagged: bool) -> tuple[Cell | None, ...]:
     open_to = [
-        cell is not None and cell.ranked and not column.before and not flagged
+        cell is not None and not cell.incomparable and not column.before and not flagged
         for cell, column in zip(cells, columns, strict=True)
     ]
     asr = [cell.asr.mean if cell and cell.asr and fit else None for cell, fit in zip(cells, open_to, strict=True)]

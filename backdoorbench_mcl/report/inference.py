@@ -1,11 +1,12 @@
 """What may be concluded from a block: spread per cell, paired differences with Holm's correction, McNemar on one pair.
 
-Victims are the unit (spec 12.2). Cells at their floor are not tested on ASR against each other, and no test is made
-that could not come out significant: the sheet says so instead.
+Victims are the unit (spec 12.2). Cells at their floor are not tested on ASR against each other, cells with failed runs
+or a deleted target class on nothing; below five victims there is no test but the differences themselves.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,9 +21,11 @@ from .paper import nested
 from .sheets import Sheet
 from .statistics import Difference
 
-METRICS = (("asr", "ASR"), ("ba", "BA"), ("ba_nt", "BA nt"), ("tca", "TCA"))
+METRICS = (("asr", "ASR"), ("ftr", "FTR"), ("ba", "BA"), ("ba_nt", "BA nt"), ("tca", "TCA"))
 TESTED = (("asr", "ASR"), ("ba", "BA"))
 PREFERRED = "mcldef"  # the defense that others are compared with, where nobody names one
+FLAGGED = f"{notes.FLAGGED} flagged"
+TIED = f"{notes.FLOOR} tied"
 Predictions = Callable[[Row], "Judged | None"]
 
 
@@ -65,18 +68,26 @@ def _spread(block: Block) -> Sheet:
     """A line per cell: number of victims and runs, and for each metric mean, sd, range, interval."""
     body = []
     for line, column, cell in _cells(block):
-        numbers = [_summary(statistics.summary(nested(cell.ok, name))) for name, _ in METRICS]
-        body.append((notes.attack(line), notes.heading(column), f"{_victims(cell)} x {_draws(cell)}", *numbers))
+        asr, *others = (_summary(statistics.summary(nested(cell.ok, name))) for name, _ in METRICS)
+        numbers = (asr + notes.asr_marks(cell), *others)
+        n = f"{_victims(cell)} x {_draws(cell)}" + (f" ({cell.tag})" if cell.tag else "")
+        body.append((notes.attack(line), notes.heading(column), n, *numbers))
+    cells = [cell for _, _, cell in _cells(block)]
+    victims = {_victims(cell) for cell in cells}
     below = []
-    victims = max(_victims(cell) for _, _, cell in _cells(block))
-    if victims < statistics.MIN_VICTIMS:
-        below.append(f"No interval: {statistics.MIN_VICTIMS} victims are needed for one, this table has {victims}.")
-    else:
-        below.append("In brackets: 95 % bootstrap interval of the mean, victims first and then the draws on each.")
+    if min(victims) < statistics.MIN_VICTIMS:
+        below.append(f"No interval: {statistics.MIN_VICTIMS} victims are needed for one, this table has "
+                     f"{min(victims)}; the victims' means stand in parentheses instead.")  # fmt: skip
+    if max(victims) >= statistics.MIN_VICTIMS:
+        below.append("Then min to max of the victims' means and, in brackets, the 95 % bootstrap interval of the mean, "
+                     "victims first and then the draws on each.")  # fmt: skip
+    if any(cell.floor for cell in cells):
+        below.append(f"{notes.FLOOR} ASR not above FTR, the floor of ASR.")
+    if any(cell.erased for cell in cells):
+        below.append(f"{notes.ERASED} target class erased.")
     return Sheet(
         f"Spread: {block.title}", ("attack", "defense", "n", *(title for _, title in METRICS)), tuple(body), 2,
-        ("n: victims x defense seeds. mean ± sd over victims (over draws where there is one victim), then min to max "
-         "of the victims' means.", *below),
+        ("n: victims x defense seeds. mean ± sd over victims (over draws where there is one victim).", *below),
     )  # fmt: skip
 
 
@@ -102,11 +113,10 @@ def _summary(found: statistics.Summary | None) -> str:
     if found is None:
         return notes.NONE
     text = f"{found.mean:.2f}" + (f"±{found.sd:.2f}" if found.sd is not None else "")
-    if found.victims > 1:
-        text += f" {found.low:.2f} to {found.high:.2f}"
     if found.interval is not None:
-        text += f" [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
-    return text
+        low, high = found.interval
+        return f"{text} {min(found.means):.2f} to {max(found.means):.2f} [{low:.2f}, {high:.2f}]"
+    return text + (f" ({', '.join(f'{mean:.2f}' for mean in found.means)})" if found.victims > 1 else "")
 
 
 # ---------------------------------------------------------------- tests
@@ -118,6 +128,18 @@ class _Pair(NamedTuple):
     first: Cell
     second: Cell
 
+    def obstacle(self, name: str) -> str:
+        """What stands in place of a test of a metric where the two may not be compared, else ""."""
+        cells = (self.first, self.second)
+        if any(cell.erased for cell in cells):
+            return notes.ERASED
+        if self.line.flagged:
+            return FLAGGED
+        short = [cell for cell in cells if cell.incomparable]
+        if short:
+            return f"{len(short[0].ok)}/{len(short[0].runs) - short[0].held_back}"
+        return TIED if name == "asr" and all(cell.floor for cell in cells) else ""
+
 
 def _tests(block: Block, reference: Column, predictions: Predictions | None) -> Sheet:
     """Differences reference - other in every attack and metric, corrected over attacks x rivals of a metric."""
@@ -125,7 +147,7 @@ def _tests(block: Block, reference: Column, predictions: Predictions | None) -> 
     pairs = [
         _Pair(line, column, first, cell)
         for line in block.lines
-        if (first := line.cells[place]) is not None and first.ok and not line.flagged
+        if (first := line.cells[place]) is not None and first.ok
         for cell, column in zip(line.cells, block.columns, strict=True)
         if cell is not None and cell.ok and not column.before and column is not reference
     ]
@@ -143,10 +165,11 @@ def _tests(block: Block, reference: Column, predictions: Predictions | None) -> 
         "Differences in points, paired by victim and defense seed; Holm's correction over attacks x defenses of a "
         "metric; dz: mean / sd of the differences."
     ]
-    whys = {d.why for family in found.values() for d in family if d is not None and d.why}
-    below += [f"No test: {why}." for why in sorted(whys)]
-    if any(pair.first.erased or pair.second.erased for pair in pairs):
-        below.append(f"{notes.ERASED} target class erased: not tested.")
+    every = [d for family in found.values() for d in family if d is not None]
+    below += [f"No test: {why}." for why in sorted({d.why for d in every if d.why})]
+    if any(1 < d.victims < statistics.MIN_VICTIMS for d in every):
+        below.append("In parentheses: the difference on each victim.")
+    below += _untested(pairs)
     return Sheet(title, head if body else (), tuple(body), 2, tuple(below) if body else ("Nothing to compare.",))
 
 
@@ -157,31 +180,48 @@ def _family(pairs: Sequence[_Pair], name: str) -> list[Difference | None]:
 
 
 def _paired(pair: _Pair, name: str) -> Difference | None:
-    """None where the two may not be compared: a class deleted, or both at their floor."""
-    if pair.first.erased or pair.second.erased or (name == "asr" and pair.first.floor and pair.second.floor):
+    """None where the two may not be compared, or have no victim in common."""
+    if pair.obstacle(name):
         return None
-    return statistics.paired(*shared(pair.first.ok, pair.second.ok, name))
+    return statistics.paired(*shared(name, pair.first.ok, pair.second.ok))
 
 
-def shared(first: Sequence[Row], second: Sequence[Row], name: str) -> tuple[dict[int, list[float]], ...]:
-    """A field of two cells by victim, of those (victim, defense seed) that both have finished."""
-    by = [{(row.victim_seed, row.defense_seed): row for row in rows if row.state == "ok"} for rows in (first, second)]
-    both = [key for key in by[0] if key in by[1]]
-    both = [key for key in both if all(getattr(rows[key], name) is not None for rows in by)]
-    out: list[dict[int, list[float]]] = [{}, {}]
-    for key in both:
-        for values, rows in zip(out, by, strict=True):
-            values.setdefault(key[0], []).append(float(getattr(rows[key], name)))
-    return out[0], out[1]
+def _untested(pairs: Sequence[_Pair]) -> list[str]:
+    """What the marks of pairs without a test mean."""
+    obstacles = {pair.obstacle(name) for pair in pairs for name, _ in TESTED}
+    held_back = any(cell.held_back for pair in pairs for cell in (pair.first, pair.second))
+    told = (
+        (notes.ERASED, f"{notes.ERASED} target class erased: not tested."),
+        (FLAGGED, f"{FLAGGED}: the ASR of a victim is not high enough (gate), nothing on the line is tested."),
+        (TIED, f"{TIED}: both at their floor, FTR."),
+    )
+    out = [text for mark, text in told if mark in obstacles]
+    if any("/" in obstacle for obstacle in obstacles):
+        out.append("k/n: runs that finished; what failed is missing for a reason, so the rest is not tested.")
+    return out + (["Victims that the gate held back are left out."] if held_back else [])
+
+
+def shared(name: str, *cells: Sequence[Row]) -> list[dict[int, list[float]]]:
+    """A field of each cell by victim, of those (victim, defense seed) that all have finished with a finite value."""
+    by = [{(row.victim_seed, row.defense_seed): getattr(row, name) for row in rows if row.state == "ok"}
+          for rows in cells]  # fmt: skip
+    out: list[dict[int, list[float]]] = [{} for _ in cells]
+    for key in by[0]:
+        values = [found.get(key) for found in by]
+        known = [float(value) for value in values if value is not None and math.isfinite(value)]
+        if len(known) == len(by):
+            for one, value in zip(out, known, strict=True):
+                one.setdefault(key[0], []).append(value)
+    return out
 
 
 def _difference(found: Difference | None, pair: _Pair, name: str) -> tuple[str, str, str, str]:
     if found is None:
-        erased = pair.first.erased or pair.second.erased
-        return (notes.ERASED if erased else f"{notes.FLOOR} tied" if name == "asr" else notes.NONE), "", "", ""
+        return pair.obstacle(name) or notes.NONE, "", "", ""
     mean = f"{found.mean:+.2f}"
     if found.p is None or found.interval is None or found.dz is None:
-        return mean, "", "", ""
+        each = f"({', '.join(f'{value:+.2f}' for value in found.values)})" if found.victims > 1 else ""
+        return mean, each, "", ""
     interval = f"{found.interval[0]:+.2f} to {found.interval[1]:+.2f}"
     return mean, interval, p_text(found.p_holm), f"{found.dz:+.2f}"
 
@@ -198,20 +238,22 @@ def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) 
     """McNemar on stored predictions, of the smallest seeds that two cells share."""
     body, missing = [], 0
     for pair in pairs:
-        if pair.first.erased or pair.second.erased:
-            body.append((notes.attack(pair.line), notes.heading(pair.column), notes.ERASED, *[""] * 5))
+        names = (notes.attack(pair.line), notes.heading(pair.column))
+        if pair.obstacle("ba"):
+            body.append((*names, pair.obstacle("ba"), *[""] * 5))
             continue
         judged = _judged(pair, predictions)
         if judged is None:
             missing += 1
             continue
-        numbers: list[str] = []
-        for a, b in ((judged[0].fired, judged[1].fired), (judged[0].right, judged[1].right)):
+        numbers: list[str] = [pair.obstacle("asr"), "", ""] if pair.obstacle("asr") else []
+        fired, right = ((judged[0].fired, judged[1].fired), (judged[0].right, judged[1].right))
+        for a, b in (right,) if numbers else (fired, right):
             only = int((a & ~b).sum()), int((~a & b).sum())
             p = statistics.mcnemar(*only)
             numbers += [f"{100 * (only[0] - only[1]) / max(len(a), 1):+.2f}", f"{only[0]}:{only[1]}",
                         "cannot fire" if p is None else p_text(p)]  # fmt: skip
-        body.append((notes.attack(pair.line), notes.heading(pair.column), *numbers))
+        body.append((*names, *numbers))
     head = ("attack", "other", "ASR diff.", "only one", "McNemar p", "BA diff.", "only one", "McNemar p")
     below = [
         "One victim: nothing can be said of the methods. These pairs of models only, of the first seeds: test images "
@@ -219,8 +261,7 @@ def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) 
     ]
     if any("cannot fire" in row for row in body):
         below.append("cannot fire: fewer than 6 images tell the two apart, so no p could be below 0.05.")
-    if any(pair.first.erased or pair.second.erased for pair in pairs):
-        below.append(f"{notes.ERASED} target class erased: not tested.")
+    below += _untested(pairs)
     if missing:
         below.append(f"{missing} pair{'s' * (missing > 1)} without stored predictions left out.")
     return Sheet(title, head if body else (), tuple(body), 2, tuple(below))

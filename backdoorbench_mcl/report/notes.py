@@ -19,6 +19,7 @@ KNOWS = {
 }
 NONE = "–"
 MAX_FAILURES = 8
+_UNUSUAL = ("JPEG", "reconstructed", " of ")  # in `Row.data`: copies, splits and parts that move the numbers (spec 2)
 DETAILS = ("ASR", "FTR", "BA nt", "TCA", "RA", "DER", "s", "s+")
 _FIELDS = ("asr", "ftr", "ba_nt", "tca", "ra", "der", "seconds", "seconds_shared")
 RETUNED = ("ASR re", "FTR re")  # after a few steps on triggered images, where somebody asked for that
@@ -67,6 +68,8 @@ def legend(block: Block, ranking: str) -> list[str]:
     for item in told:
         mark, meaning = KNOWS.get(item, ("¤", f"was told: {item}"))
         out.append(f"{mark} {meaning}.")
+    images = sorted({row.data for row in block.rows if any(word in row.data for word in _UNUSUAL)})
+    out += [f"Images: {one_line(text, 200)}." for text in images]
     out += _surrogates(block) + _controls(block) + _verdicts(block)
     out.append(_runs(block))
     if any("/" in cell.tag for cell in cells):

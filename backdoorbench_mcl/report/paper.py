@@ -18,8 +18,8 @@ from .. import params
 from ..presets.suite import pinned
 from ..rows import Row
 from . import statistics
-from .grid import BEFORE, Block
-from .notes import NONE
+from .grid import BEFORE, Block, Cell, cell_of, excluding
+from .notes import ERASED, FLOOR, NONE, asr_marks
 from .sheets import Sheet
 
 DATASETS = {"cifar10": "Cifar-10", "gtsrb": "GTSRB", "imagenet20": "ImageNet"}
@@ -42,6 +42,7 @@ ODDITIES = {
         "The text says that MCLDef has the best BA in three of five attacks; the table shows four."),
 }  # fmt: skip
 """What is odd about the printed tables, by table (spec 11.1). The values are kept as they are."""
+_MARKS = {FLOOR: f"{FLOOR} ASR not above FTR, its floor.", ERASED: f"{ERASED} target class erased."}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Printed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our runs of one printed cell. asr, ba_nt: a mean per victim; the words are "" where nothing may be said."""
+    """Our runs of one printed cell. asr, ba_nt: a mean per victim; the words are "" where nothing may be said; marks:
+    as in the grids (target class erased, ASR at its floor).
+    """
 
     printed: Printed
     dataset: str
@@ -67,6 +70,7 @@ class Comparison:
     asr_word: Verdict
     ba_word: Verdict
     why: str  # why there is no word
+    marks: str = ""
 
 
 @cache
@@ -92,8 +96,10 @@ def find(row: Row, table: int) -> Printed | None:
     return found[0] if found else None
 
 
-def departure(row: Row, table: int) -> str:
-    """In what a row differs from the printed protocol, "" if in nothing that is known."""
+def departure(row: Row, table: int, *, any_rate: bool = False) -> str:
+    """In what a row differs from the printed protocol, "" if in nothing that is known. any_rate: whatever its share of
+    clean data is.
+    """
     name = params.selection(row.dataset).name
     if row.toy or name not in DATASETS:
         return f"{name} is no data set of the paper"
@@ -101,7 +107,15 @@ def departure(row: Row, table: int) -> str:
         return f"{row.model} instead of {MODELS[name]}"
     if row.preset == "clean":
         return "preset clean is not the paper's protocol"
-    if row.clean_rate is not None and row.clean_rate != CLEAN_RATE:
+    if row.dataset != name:
+        return f"{row.dataset} instead of {name}"
+    if name != "imagenet20" and "JPEG" in row.data:
+        return "JPEG copies of lossless images"
+    if "reconstructed" in row.data:
+        return "a reconstructed split"
+    if excluding(row):
+        return "--exclude-poisoned"
+    if not any_rate and row.clean_rate is not None and row.clean_rate != CLEAN_RATE:
         return f"clean rate {100 * row.clean_rate:g} % instead of 5 %"
     for section, expected in _augmentation(table, name).items():
         found = row.params.get(section, {}).get("augment", expected)  # an undefended row has no recipe of a repair
@@ -128,34 +142,55 @@ def compare(rows: Sequence[Row], table: int) -> list[Comparison]:
     """Every cell of `table` for which there is a finished run, in the order of print. rows: of one protocol.
 
     Runs that depart from the printed protocol are left out; where all of a cell do, it is listed with the reason and
-    without numbers.
+    without numbers. There is no word on a cell of which a run failed, or which deleted the target class.
     """
     groups: dict[tuple[Printed, str], list[Row]] = {}
     for row in rows:
         cell = find(row, table)
-        if cell is not None and row.state == "ok":
+        if cell is not None:
             groups.setdefault((cell, row.dataset), []).append(row)
     order = {cell: i for i, cell in enumerate(printed())}
     return [_compared(cell, dataset, group) for (cell, dataset), group in
-            sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))]  # fmt: skip
+            sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+            if any(row.state == "ok" for row in group)]  # fmt: skip
 
 
 def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     departures = [departure(row, cell.table) for row in rows]
     fitting = [row for row, why in zip(rows, departures, strict=True) if not why]
     asr, ba = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt"))
-    if not fitting:
-        return Comparison(cell, dataset, asr, ba, "", "", departures[0])
+    if not asr and not ba:
+        return Comparison(cell, dataset, asr, ba, "", "", next(filter(None, departures), "no run has finished"))
+    runs = cell_of(fitting)
+    marks = asr_marks(runs)
     scaled = sorted({row.budget for row in fitting} - {"full"})
-    if scaled:
-        return Comparison(cell, dataset, asr, ba, "", "", f"scaled protocol (budget {', '.join(scaled)})")
+    obstacle = f"scaled protocol (budget {', '.join(scaled)})" if scaled else untestable(runs)
+    if obstacle:
+        return Comparison(cell, dataset, asr, ba, "", "", obstacle, marks)
     images = IMAGES[params.selection(dataset).name]
     words = [
         _word(asr, cell.asr, images, statistics.ASR_WIDTH, logit=True),
         _word(ba, cell.ba, images, statistics.BA_WIDTH, logit=False),
     ]
     why = f"n = {len(ba)}: fewer than {statistics.MIN_VICTIMS} victims" if len(ba) < statistics.MIN_VICTIMS else ""
-    return Comparison(cell, dataset, asr, ba, words[0], words[1], why)
+    return Comparison(cell, dataset, asr, ba, words[0], words[1], why, marks)
+
+
+def untestable(*cells: Cell) -> str:
+    """Why nothing may be concluded from some cells, "" if something may: a class deleted, runs missing for any reason,
+    an attack that is flagged, or two results of one seed.
+    """
+    for cell in cells:
+        if cell.erased:
+            return "target class erased"
+        if len(cell.ok) < len(cell.runs):
+            held_back = f", {cell.held_back} held back by the gate" if cell.held_back else ""
+            return f"{len(cell.ok)} of {len(cell.runs)} runs finished{held_back}"
+        if any(row.gate == "flagged" for row in cell.ok):
+            return "the attack is flagged"
+        if len({(row.victim_seed, row.defense_seed) for row in cell.ok}) < len(cell.ok):
+            return "two results for one seed"
+    return ""
 
 
 def _word(values: Sequence[float], value: float | None, images: int, width: float, *, logit: bool) -> Verdict:
@@ -183,9 +218,11 @@ def sheets(rows: Sequence[Row], table: int) -> list[Sheet]:
 
 def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
     body, notes_ = [], []
-    for c in compare(rows, table):
+    found = compare(rows, table)
+    for c in found:
         ours = [fmean(values) if values else None for values in (c.asr, c.ba_nt)]
         asr, ba = (_beside(own, value) for own, value in zip(ours, (c.printed.asr, c.printed.ba), strict=True))
+        asr = (asr[0] + c.marks, *asr[1:])
         n = str(len(c.ba_nt)) if c.ba_nt else NONE
         body.append((c.printed.attack, c.printed.defense, n, *asr, c.asr_word, *ba, c.ba_word))
         if c.why:
@@ -195,6 +232,7 @@ def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
         "The printed BA leaves out the target class, so it stands beside our BA nt; n: victims. A word is given for a "
         "prediction interval around at least 5 victims at budget full (spec 12.2), at most 2 points of BA and 3 of ASR "
         "to either side.",
+        *(text for mark, text in _MARKS.items() if any(mark == c.marks for c in found)),
         *(f"No word: {why}." for why in dict.fromkeys(notes_)), *ODDITIES.get(table, ()),
     ]  # fmt: skip
     if not body:
@@ -237,5 +275,5 @@ def restyle(block: Block) -> Block:
 __all__ = [
     "ATTACKS", "CLEAN_RATE", "DATASETS", "DEFENSES", "IMAGES", "MODELS", "ODDITIES", "TABLES", "Comparison", "Printed",
     "compare", "departure", "find", "nested", "per_victim", "printed", "restyle",
-    "sheets", "unpinned",
+    "sheets", "unpinned", "untestable",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rows as records: JSON and CSV, every field of every row. Standard library only, for scripts that call often."""
+"""Rows as records: JSON and CSV, every field of every row. No pandas, for scripts that call often."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from ..evaluate import MARKS, marks
 from ..rows import Row
 from ..text import one_line
 
@@ -26,19 +27,21 @@ def finite(value: Any) -> Any:
 
 
 def as_json(rows: Iterable[Row]) -> str:
-    """One array, a cell a line, fields in the order of `Row`; ASCII, so that every terminal and file takes it."""
-    lines = (json.dumps(finite(row.as_dict()), allow_nan=False) for row in rows)
+    """One array, a cell a line, fields in the order of `Row`, then `evaluate.marks`; ASCII, so that every terminal and
+    file takes it.
+    """
+    lines = (json.dumps(finite(row.as_dict() | marks(row)), allow_nan=False) for row in rows)
     body = ",\n".join(lines)
     return f"[\n{body}\n]" if body else "[]"
 
 
 def as_csv(rows: Iterable[Row]) -> str:
-    """One line a cell, fields in the order of `Row`; None is empty, lists and mappings are JSON."""
+    """One line a cell, fields of `Row`, then `evaluate.marks`; None is empty, lists and mappings are JSON."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([field.name for field in fields(Row)])
+    writer.writerow([*(field.name for field in fields(Row)), *MARKS])
     for row in rows:
-        writer.writerow([_csv_field(value) for value in finite(row.as_dict()).values()])
+        writer.writerow([_csv_field(value) for value in finite(row.as_dict() | marks(row)).values()])
     return out.getvalue().removesuffix("\n")
 
 

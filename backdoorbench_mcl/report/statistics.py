@@ -1,8 +1,8 @@
 """Statistics of nested seeds: pure functions of numbers (spec 12.2). numpy and scipy.
 
 The design is two-level: victims, and on each of them several draws of a defense (clean split, inversion, order). The
-victim is the unit: draws on one victim are averaged first, and only victims count as n. Where a test could not come
-out significant whatever the data, the functions return None, and `why_not` says in words what is missing.
+victim is the unit: draws on one victim are averaged first, and only victims count as n. Where there are too few victims
+or there is no spread, no test is made and no interval given: `Difference.why` says in words what is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-MIN_VICTIMS = 5  # for an interval over victims; with fewer the values themselves are shown (spec 12.2)
+MIN_VICTIMS = 5  # for an interval or a test over victims; with fewer the values themselves are shown (spec 12.2)
 DRAWS = 10_000  # of the bootstrap
 LEVEL = 0.05
 BA_MARGIN = 2.0  # points that count as equal, fixed beforehand (spec 12.2)
@@ -25,7 +25,7 @@ Nested = Mapping[int, Sequence[float]]  # victim seed -> a value per defense see
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one cell: the mean over victims of their means, sd, least and greatest of these means, how many there are.
+    """Of one cell: the mean over victims of their means (`means`, in the order of victims), sd, how many there are.
 
     sd: over victims, over the draws on it if there is one victim, None for a single number. interval: 95 % bootstrap,
     None with fewer than `MIN_VICTIMS` victims.
@@ -33,8 +33,7 @@ class Summary:
 
     mean: float
     sd: float | None
-    low: float
-    high: float
+    means: tuple[float, ...]
     victims: int
     runs: int
     interval: tuple[float, float] | None
@@ -42,18 +41,24 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference over victims. p: two-sided t test, p_holm: corrected within its family; dz: mean / sd.
+    """A paired difference over victims. values: one a victim; p: two-sided t test, p_holm: corrected within its family;
+    dz: mean / sd.
 
-    interval, p and dz are None where no test can be made; `why` then says what is missing.
+    interval, p and dz are None where no test is made; `why` then says what is missing.
     """
 
     mean: float
-    victims: int
+    values: tuple[float, ...]
     interval: tuple[float, float] | None = None
     p: float | None = None
     p_holm: float | None = None
     dz: float | None = None
     why: str = ""
+
+    @property
+    def victims(self) -> int:
+        """How many differences there are."""
+        return len(self.values)
 
     @property
     def significant(self) -> bool:
@@ -70,7 +75,7 @@ def summary(values: Nested, draws: int = DRAWS) -> Summary | None:
     means = [fmean(group) for group in kept.values()]
     spread = means if len(means) > 1 else next(iter(kept.values()))
     return Summary(
-        fmean(means), stdev(spread) if len(spread) > 1 else None, min(means), max(means), len(means),
+        fmean(means), stdev(spread) if len(spread) > 1 else None, tuple(means), len(means),
         sum(map(len, kept.values())), bootstrap(kept, draws) if len(means) >= MIN_VICTIMS else None,
     )  # fmt: skip
 
@@ -116,29 +121,46 @@ def paired(first: Nested, second: Nested) -> Difference | None:
 
 
 def of_differences(values: Sequence[float]) -> Difference:
-    """The t interval and test of differences, one a victim. Raises ValueError for none at all.
+    """The t interval and test of finite differences, one a victim. Raises ValueError for none at all.
 
-    Where all differences are equal there is no spread to test against: no p, `why` says so.
+    With fewer than `MIN_VICTIMS`, or where all differences are equal, there is no test: `why` says so.
     """
     from scipy import stats
 
     n = len(values)
     if n == 0:
         raise ValueError("differences: no values were given, expected at least one victim")
-    mean = fmean(values)
-    if n < 2:
-        return Difference(mean, n, why="one victim: a test over victims cannot come out significant, whatever it is")
+    mean, each = fmean(values), tuple(values)
+    if n < MIN_VICTIMS:
+        return Difference(mean, each, why=f"fewer than {MIN_VICTIMS} victims")
     sd = stdev(values)
     if sd < 1e-12:
-        return Difference(mean, n, why="no spread over victims: nothing to test against")
+        return Difference(mean, each, why="no spread over victims: nothing to test against")
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * sd / math.sqrt(n)
     p = float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(n)), n - 1))
-    return Difference(mean, n, (mean - half, mean + half), p, None, mean / sd)
+    return Difference(mean, each, (mean - half, mean + half), p, None, mean / sd)
+
+
+def equivalent(values: Sequence[float], margin: float) -> float | None:
+    """p of two one-sided t tests (TOST) that the mean lies within -margin to margin; None where no test is made.
+
+    values: differences, one a victim. Source: spec 12.2; the margin has to be fixed beforehand.
+    """
+    from scipy import stats
+
+    n = len(values)
+    if n < MIN_VICTIMS or stdev(values) < 1e-12:
+        return None
+    error = stdev(values) / math.sqrt(n)
+    return float(max(stats.t.sf((margin + side * fmean(values)) / error, n - 1) for side in (1, -1)))
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction of a family of p values; None takes no part. Example: `holm([0.01, 0.04])` -> [0.02, 0.04]."""
-    order = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    """Holm's correction of a family of p values; None and what is not finite take no part and come back as None.
+
+    Example: `holm([0.01, 0.04])` -> [0.02, 0.04].
+    """
+    order = sorted((value, i) for i, value in enumerate(p) if value is not None and math.isfinite(value))
     out: list[float | None] = [None] * len(p)
     largest = 0.0
     for rank, (value, i) in enumerate(order):
@@ -176,7 +198,7 @@ def wilson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Where one more victim would lie, in points, with the sampling error of the printed number; half: half its width.
+    """Where one more victim would lie, in points, with the sampling error of the printed number.
 
     inside: whether the printed number lies in it.
     """
@@ -211,9 +233,10 @@ def predicted(values: Sequence[float], printed: float, images: int, *, logit: bo
         noise = 100**2 * p * (1 - p) / images
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * math.sqrt(stdev(points) ** 2 * (1 + 1 / n) + noise)
     low, high = fmean(points) - half, fmean(points) + half
+    inside = low <= (_logit(p) if logit else printed) <= high  # a printed 0 or 100 is moved in like ours
     if logit:
         low, high = _percent(low), _percent(high)
-    return Prediction(low, high, low <= printed <= high)
+    return Prediction(low, high, inside)
 
 
 def _inner(percent: float, images: int) -> float:
@@ -230,6 +253,6 @@ def _percent(logit: float) -> float:
 
 __all__ = [
     "ASR_WIDTH", "BA_MARGIN", "BA_WIDTH", "DRAWS", "LEVEL", "MIN_VICTIMS", "Difference", "Nested",
-    "Prediction", "Summary", "bootstrap", "finite", "holm", "mcnemar", "of_differences", "paired",
+    "Prediction", "Summary", "bootstrap", "equivalent", "finite", "holm", "mcnemar", "of_differences", "paired",
     "predicted", "summary", "wilson",
 ]  # fmt: skip
