@@ -108,7 +108,7 @@ def frame(rows: Sequence[Row], parameters: bool = False) -> pd.DataFrame:
 
 
 def _dtype(hint: Any) -> str:
-    """`float | None` -> `Float64`; what is no number and no truth value is an object."""
+    """`float | None` -> `float64`; what is no number and no truth value is an object."""
     kinds = [kind for kind in getattr(hint, "__args__", (hint,)) if kind is not type(None)]
     return _DTYPES.get(kinds[0], "object") if len(kinds) == 1 else "object"
 
