@@ -212,3 +212,11 @@ def test_a_job_keeps_few_and_finite_points_of_a_curve(tmp_path: Path) -> None:
     assert len(running.curves) <= MAX_CURVES
     assert running.curves.get("other", []) == []
     assert json.loads(json.dumps(running.curves, allow_nan=False))["loss"][0] == [0, 1.0]
+
+
+def test_a_job_with_as_many_curves_as_it_may_have_goes_on_with_each_of_them(tmp_path: Path) -> None:
+    running = Job(tmp_path, {}, lambda done, total, images: None)
+    for step in range(3):
+        for i in range(MAX_CURVES + 1):
+            running.record(f"curve {i}", step, float(i))
+    assert {name: len(points) for name, points in running.curves.items()} == {f"curve {i}": 3 for i in range(MAX_CURVES)}
