@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -12,15 +14,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 from conftest import Bbmcl, Reference
 from made import make
+from safetensors.numpy import save_file
 
 from backdoorbench_mcl import documents, runner
 from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
+from backdoorbench_mcl.report.drill import Drill
 from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.rows import Row
+from backdoorbench_mcl.store import Stage, Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -117,6 +123,118 @@ def test_a_thousand_cells_make_a_small_page() -> None:
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
 
+class Shelves(Store):
+    """A store of made-up stages with `curves` of `points` each by kind; all predictions and all triggers are equal."""
+
+    def __init__(self, folder: Path, curves: dict[str, int], points: int) -> None:
+        super().__init__(folder)
+        self.points, self.curves, self.log = points, curves, "\n".join(["x" * 300] * 20)
+        self.predictions, self.trigger = folder / "predictions", folder / "trigger"
+        self.predictions.mkdir()
+        self.trigger.mkdir()
+        noise = np.random.default_rng(0).random((4, 32, 32), np.float32)
+        save_file({"mask": noise[0], "pattern": noise[1:]}, self.trigger / "trigger.safetensors")
+        (self.trigger / "meta.json").write_text(json.dumps({"labels": [0], "l1": 4.2, "success": 99.0, "class": "m:T"}))
+        y = np.arange(10_000, dtype=np.int64) % 10
+        said = {"y": y, "clean": y, "triggered": y, "goal": 0 * y, "counted": (y != 0).astype(np.uint8)}
+        save_file(said, self.predictions / "predictions.safetensors")
+
+    def stage(self, key: str) -> Stage | None:
+        kind = key.partition(" ")[0]
+        rng = random.Random(key)
+        names = [f"curve {i}" for i in range(self.curves.get(kind, 0))]
+        curves = {name: [[step, rng.random()] for step in range(self.points)] for name in names}
+        return Stage(key, kind, {}, "", {"curves": curves})
+
+    def open(self, stage: Stage) -> Path:
+        return self.trigger if stage.kind == "invert" else self.predictions
+
+    def last_attempt(self, key: str) -> tuple[str, str, str] | None:
+        return "failed", "no memory", f"{self.log}\n{key}"
+
+
+def shelved(victims: int, defenses: int) -> list[Row]:
+    """Rows whose stages `Shelves` makes up: every 17th has failed, no two have the same parameters."""
+    rows = []
+    for a in range(victims):
+        victim = {"model": f"model {a}", "before": f"predict {a}", "predict": f"predict {a}"}
+        attack = {"name": f"attack{a}", "params": {f"p{j}": j for j in range(30)}}
+        rows.append(make(f"attack{a}", "before", 99.0, 83.0, stages=victim, target=0, params={"attack": attack}))
+        for d in range(defenses):
+            own = {**victim, "invert": f"invert {a} {d}", "defend": f"defend {a} {d}", "predict": f"predict {a} {d}"}
+            params = {"attack": attack, **{name: {"name": f"{name}{i}", "params": {f"p{j}": j for j in range(30)}}
+                                           for name, i in (("defense", d), ("train", 0), ("defend", 0))}}  # fmt: skip
+            told: dict[str, Any] = {
+                "params": params, "target": 0, "inverter": "nc-box", "inverter_success": 99.2, "inverter_l1": 4.25,
+                "clean_n": 2500, "peak_mb": 1234.5,
+            }  # fmt: skip
+            if (a + d) % 17 == 0:
+                rows.append(make(f"attack{a}", f"defense{d}", state="failed", reason="x" * 300, **told,
+                                 stages={"failed": f"defend {a} {d}"}))  # fmt: skip
+            else:
+                rows.append(make(f"attack{a}", f"defense{d}", 5.0, 80.0, stages=own, **told))
+    return rows
+
+
+@pytest.mark.parametrize("repairs, points", [(1, 20), (3, 200), (8, 200)])
+def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
+    tmp_path: Path, repairs: int, points: int
+) -> None:
+    store = Shelves(tmp_path, {"model": 2, "invert": 2, "defend": repairs}, points)
+    text = page(shelved(25, 40), store=store)
+    assert len(text.encode()) < 5_000_000
+    data = Parsed(text).data
+    run = next(run for run in data["runs"] if run["row"]["defense"] == "defense3" and run["row"]["state"] == "ok")
+    failed = next(run for run in data["runs"] if run["row"]["state"] == "failed")
+    assert len(run["curves"]) == 4 + repairs
+    assert all(data["curves"][place] for place in run["curves"])
+    assert sum(count for _, count in data["confusions"][run["confusion"]]["fired"]) == 9000
+    assert "xxx" in data["logs"][failed["log"]]
+    assert run["pictures"] and re.search(r"left out of its cells: \d+ pictures", text)
+    assert ("curves are thinned to" in text) == (points > 20)
+
+
+def test_a_curve_is_held_once_and_in_four_digits(tmp_path: Path) -> None:
+    data = Parsed(page(shelved(1, 3), store=Shelves(tmp_path, {"model": 1, "defend": 1}, 300)))
+    runs, curves = data.data["runs"], data.data["curves"]
+    assert [len(run["curves"]) for run in runs] == [1, 0, 2, 2]
+    assert len({run["curves"][0] for run in (runs[0], *runs[2:])}) == 1
+    assert len(curves) == 3
+    _, flat = curves[0]
+    assert (flat[0], flat[-2], len(flat)) == (0, 299, 400)  # first and last step of 200 points
+    rng = random.Random("model 0")
+    assert flat[1] == float(f"{rng.random():.4g}")
+
+
+def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
+    store = Shelves(tmp_path, {"model": 1, "invert": 8, "defend": 8}, 100)
+    drill = Drill(store, None, 50_000)
+    for row in shelved(10, 10):
+        drill.place(row)
+    data, lines = drill.data()
+    assert (
+        len(json.dumps({name: data[name] for name in ("curves", "confusions", "logs")}, separators=(",", ":"))) < 50_000
+    )
+    left, thinned = lines
+    places = {place for run in data["runs"] for place in run["curves"]}
+    dropped = sum(place >= len(data["curves"]) for place in places)
+    assert thinned == "To keep the page small, curves are thinned to at most 12 points each."
+    confusions = sum(run["confusion"] is None for run in data["runs"] if run["row"]["state"] == "ok")
+    assert dropped > 0 and confusions > 0
+    assert left.endswith(f": 93 pictures, {dropped} curves, {confusions} tables of predicted classes, 2 logs.")
+
+
+def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    class Odd(Shelves):
+        def stage(self, key: str) -> Stage | None:
+            points = [[0, 1], [1, 10**400], ["2", 1], [3], None, [4, math.nan], [5, 2.0], [6, 1e200]]
+            return Stage(key, "", {}, "", {"curves": {"odd": points, "no list": 3, "one point": [[0, 1]]}})
+
+    drill = Drill(Odd(tmp_path, {}, 0), None)
+    drill.place(shelved(1, 0)[0])
+    assert drill.data()[0]["curves"] == [["Training of the victim: odd", [0, 1, 5, 2, 6, 1e200]]]
+
+
 def test_a_sweep_over_clean_rates_is_drawn_although_each_has_a_table_of_its_own() -> None:
     rows = [make("badnets", "ft", 30 - 100 * rate, 80.0, clean_rate=rate) for rate in (0.01, 0.05, 0.2)]
     text = page(rows)
@@ -154,12 +272,15 @@ def test_a_finished_matrix_shows_its_triggers_curves_and_confusion(
         "clean", "true trigger", "difference x4", "inverted by nc-box(steps=20)",
     ]  # fmt: skip
     assert all(found.data["images"][i].startswith("data:image/png;base64,") for _, i in run["pictures"])
-    curves = dict(run["curves"])
-    assert list(curves) == ["Training of the victim: loss", "Repair: loss"]
-    losses = [value for _, value in curves["Training of the victim: loss"]]
+    curves = dict(found.data["curves"][place] for place in run["curves"])
+    assert list(curves) == [
+        "Training of the victim: loss", "Inversion: mask L1", "Inversion: success in %", "Repair: loss",
+    ]  # fmt: skip
+    losses = curves["Training of the victim: loss"][1::2]
     assert losses[-1] < losses[0]
-    assert sum(count for _, count in run["target"]) == run_count(rows, "tca_n")
-    assert sum(count for _, count in run["fired"]) == run_count(rows, "asr_n")
+    confusion = found.data["confusions"][run["confusion"]]
+    assert sum(count for _, count in confusion["target"]) == run_count(rows, "tca_n")
+    assert sum(count for _, count in confusion["fired"]) == run_count(rows, "asr_n")
     assert "torch" in found.data["provenance"][run["provenance"]]["versions"]
     assert len(found.data["images"]) == 8  # of two victims and two inversions, each once
 
@@ -174,7 +295,7 @@ def test_a_failure_comes_with_its_log(bbmcl: Bbmcl, tmp_path: Path) -> None:
     assert bbmcl("report", "--format", "html", "--runs", "runs").stdout.strip() == "runs/report.html"
     found = Parsed((tmp_path / "runs" / "report.html").read_text())
     run = next(r for r in found.data["runs"] if r["row"]["state"] == "failed")
-    assert "Traceback" in run["log"]
+    assert "Traceback" in found.data["logs"][run["log"]]
     assert run["row"]["reason"]
 
 
@@ -219,4 +340,6 @@ def test_a_job_with_as_many_curves_as_it_may_have_goes_on_with_each_of_them(tmp_
     for step in range(3):
         for i in range(MAX_CURVES + 1):
             running.record(f"curve {i}", step, float(i))
-    assert {name: len(points) for name, points in running.curves.items()} == {f"curve {i}": 3 for i in range(MAX_CURVES)}
+    assert {name: len(points) for name, points in running.curves.items()} == {
+        f"curve {i}": 3 for i in range(MAX_CURVES)
+    }

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "bbmcl report"
+SIZE, RUN_BYTES = 4_800_000, 2_400  # of a page, and of what each run always takes: words, numbers, buttons
+LEAST = 1_000_000  # bytes of pictures, curves and logs, however many runs there are
 MAX_PLOTTED = 400  # runs of a block: beyond, its plots would be heavier than its numbers
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
 
@@ -43,18 +45,18 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     sets lie, for test images; below: further tables. Raises UserError where one label stands for two things.
     """
     blocks = grid.build(rows)
-    drill = Drill(store, cache_folder)
+    drill = Drill(store, cache_folder, max(LEAST, SIZE - RUN_BYTES * len(rows)))
     evidence = None if store is None else Evidence(store)
     grids = [_grid(block, drill, evidence) for block in blocks]
     predictions = None if evidence is None else evidence.predictions
     sheets = [*(inference.sheets(blocks, against, predictions) if blocks else ()), *below]
+    data, left_out = drill.data()
     script = _asset("page.js")
-    left_out = f"{drill.left_out} pictures left out, to keep the page small." if drill.left_out else ""
     return _template().render(
         title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=_sweeps(blocks),
         css=_safe(_asset("page.css")),
         script=_safe(script), script_hash=_policy_hash(script),
-        data=_safe(_json(drill.data())), left_out=left_out,
+        data=_safe(_json(data)), left_out=left_out,
     )  # fmt: skip
 
 
