@@ -25,6 +25,7 @@ from backdoorbench_mcl import documents, runner
 from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
 from backdoorbench_mcl.report.drill import Drill
 from backdoorbench_mcl.report.html import page
+from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.store import Stage, Store
 
@@ -343,3 +344,14 @@ def test_a_job_with_as_many_curves_as_it_may_have_goes_on_with_each_of_them(tmp_
     assert {name: len(points) for name, points in running.curves.items()} == {
         f"curve {i}": 3 for i in range(MAX_CURVES)
     }
+
+
+def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
+    body = (("badnets", "12", "10.00±0.10 [1, 2]", "<0.001", "differs"), ("sig", "2", "+2.50 to 3", "–", "consistent"),
+            ("cl", "3", "\N{MINUS SIGN}0.5", "cannot fire", ""), ("blend", "4", "7:3", "nan", "too wide"))  # fmt: skip
+    found = Parsed(page([], below=[Sheet("Claims", ("attack", "text", "ASR", "p", ""), body, 2)]))
+    cells = [a for tag, a in found.tags if tag == "td"]
+    values = [[a.get("data-v") for a in cells if a["data-c"] == str(column)] for column in range(5)]
+    assert values == [
+        [None] * 4, [None] * 4, ["10.0", "2.5", "-0.5", "7.0"], ["0.001", "", "", ""], [None] * 4,
+    ]  # fmt: skip

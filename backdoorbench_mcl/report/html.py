@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -34,6 +35,7 @@ TITLE = "bbmcl report"
 SIZE, RUN_BYTES = 4_800_000, 2_400  # of a page, and of what each run always takes: words, numbers, buttons
 LEAST = 1_000_000  # bytes of pictures, curves and logs, however many runs there are
 MAX_PLOTTED = 400  # runs of a block: beyond, its plots would be heavier than its numbers
+_NUMBER = re.compile(r"\s*[<>≤≥]?\s*([-+\N{MINUS SIGN}]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)")
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
 
 
@@ -75,6 +77,7 @@ def _template() -> Template:
 
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.filters["number"] = _sortable
+    found.filters["order"] = _columns
     return found.from_string(_asset("page.html"))
 
 
@@ -92,12 +95,19 @@ def _json(value: Any) -> str:
 
 
 def _sortable(text: str) -> str:
-    """The number at the start of a cell, "" for none."""
-    digits = text.rstrip("".join((notes.FLOOR, notes.ERASED)))
-    try:
-        return str(float(digits))
-    except ValueError:
-        return ""
+    """The number at the start of a cell, "" for none. Example: `_sortable("+1.20 to +3.40")` is "1.2"."""
+    found = _NUMBER.match(text)
+    return str(float(found[1].replace("\N{MINUS SIGN}", "-"))) if found else ""
+
+
+def _columns(sheet: Sheet) -> list[list[str | None]]:
+    """For each cell of a sheet what it is sorted by: a number, "" for none, None for its text.
+
+    Text is the order of the left columns, and of any that holds no number at all, such as verdicts.
+    """
+    numbers = [[_sortable(text) for text in row] for row in sheet.body]
+    by_number = [i >= sheet.left and any(column) for i, column in enumerate(zip(*numbers, strict=True))]
+    return [[value if by_number[i] else None for i, value in enumerate(row)] for row in numbers]
 
 
 # ---------------------------------------------------------------- a grid

@@ -44,7 +44,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         ]  # fmt: skip
     rows.append(make("cl", "ft", state="failed", reason=HOSTILE))
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page(rows, below=[Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,))]))
+    file.write_text(page(rows, below=[
+        Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,)),
+        Sheet("Spread", ("attack", "ASR"), (("a", "10.00±0.10"), ("b", "–"), ("c", "2.50±1.00"), ("d", "-1")), 1),
+    ]))  # fmt: skip
     driver.get(file.as_uri())
     yield driver
     driver.quit()
@@ -77,6 +80,19 @@ def test_a_column_sorts_by_mouse_and_by_keyboard(browser: Any) -> None:
     assert [name[:3] for name in order(browser)] == ["bad", "ble", "sig", "cl"]
     heading(browser, "attack").send_keys(Keys.SPACE)
     assert order(browser) == sorted(order(browser), key=str.lower)
+
+
+def test_a_sheet_sorts_by_numbers(browser: Any) -> None:
+    table = browser.find_element(By.XPATH, "//h2[text()='Spread']/following::table[1]")
+
+    def lines() -> str:
+        return "".join(row.text[0] for row in table.find_elements(By.CSS_SELECTOR, "tbody tr"))
+
+    button = next(b for b in table.find_elements(By.CSS_SELECTOR, "thead button") if b.text.startswith("ASR"))
+    button.click()
+    assert lines() == "dcab"  # as text 10.00 would be before 2.50; what is no number stays below
+    button.send_keys(Keys.ENTER)
+    assert lines() == "acdb"
 
 
 def test_a_cell_opens_and_closes_by_keyboard(browser: Any) -> None:
