@@ -239,7 +239,7 @@ def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
 def test_a_sweep_over_clean_rates_is_drawn_although_each_has_a_table_of_its_own() -> None:
     rows = [make("badnets", "ft", 30 - 100 * rate, 80.0, clean_rate=rate) for rate in (0.01, 0.05, 0.2)]
     text = page(rows)
-    assert text.count("clean rate in %") == 2  # of ASR and of BA
+    assert text.count(">clean rate in %</text>") == 2  # of ASR and of BA
     assert "clean rate in %" not in page(rows[:1])
 
 
@@ -355,3 +355,27 @@ def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
     assert values == [
         [None] * 4, [None] * 4, ["10.0", "2.5", "-0.5", "7.0"], ["0.001", "", "", ""], [None] * 4,
     ]  # fmt: skip
+
+
+def test_plots_are_limited_by_cells_and_not_by_runs() -> None:
+    rows = [
+        make(f"attack{a}", f"defense{d}", 5.0 + d, 80.0, victim=v, draw=r)
+        for a in range(5) for d in range(6) for v in range(5) for r in range(3)
+    ]  # fmt: skip
+    text = page(rows)
+    assert text.count("<svg") == 2
+    assert "too many" not in text
+    many = page([make(f"attack{a}", f"defense{d}", 5.0, 80.0) for a in range(21) for d in range(20)])
+    assert many.count("<svg") == 0
+    assert many.count("420 cells are too many to be drawn, at most 400 are.") == 2
+
+
+def test_every_plot_of_a_page_is_labelled_and_no_id_stands_twice() -> None:
+    rates = [make(a, f"ft(lr={lr})", 30.0, 80.0, clean_rate=r) for a in "ab" for lr in (1, 2) for r in (0.01, 0.05)]
+    found = Parsed(page(rates))
+    shown = [a for tag, a in found.tags if tag == "svg"]
+    assert len(shown) == 6  # two for each rate, one for the rates, one for lr
+    assert all(a["role"] == "img" and a["aria-label"] for a in shown)
+    assert len({a["aria-label"] for a in shown}) == 6
+    ids = [a["id"] for _, a in found.tags if "id" in a]
+    assert len(ids) == len(set(ids))
