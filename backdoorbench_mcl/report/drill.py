@@ -93,10 +93,13 @@ class Drill:
             self.runs.append(self._run(row))
         return self._places[name]
 
-    def data(self) -> tuple[dict[str, Any], list[str]]:
-        """The page's data, free of what JSON does not have, and lines on what was left out of it."""
+    def data(self, spare: float = 0) -> tuple[dict[str, Any], list[str]]:
+        """The page's data, free of what JSON does not have, and lines on what was left out of it. spare: bytes that
+        others did not use; curves, which can be thinned, take what all others leave.
+        """
         tables = {name: [json.loads(text) for text in self._known[name]] for name in ("params", "provenance")}
-        curves, points = _fitting(self._curves, self._curve_room)
+        spare += sum(shelf.room for shelf in (self.images, self.confusions, self.logs))
+        curves, points = _fitting(self._curves, self._curve_room + spare)
         parts = {"pictures": self.images.left_out, "curves": len(self._curves) - len(curves),
                  "tables of predicted classes": self.confusions.left_out, "logs": self.logs.left_out}  # fmt: skip
         missing = ", ".join(f"{count} {name}" for name, count in parts.items() if count)

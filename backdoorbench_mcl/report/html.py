@@ -52,7 +52,7 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     sweeps = plots.of_sweeps(blocks)
     predictions = None if evidence is None else evidence.predictions
     sheets = [*(inference.sheets(blocks, against, predictions) if blocks else ()), *below]
-    data, lines = drill.data()
+    data, lines = drill.data(plots.room)
     script = _asset("page.js")
     return _template().render(
         title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
