@@ -39,8 +39,11 @@ class Job:
 
     def record(self, name: str, step: int, value: float) -> None:
         """A point of a curve; what is not finite, or one too many, is left out."""
-        points = self.curves.setdefault(str(name)[:40], []) if len(self.curves) < MAX_CURVES else None
-        if points is not None and math.isfinite(value) and len(points) < MAX_POINTS:
+        name = str(name)[:40]
+        if not math.isfinite(value) or (name not in self.curves and len(self.curves) >= MAX_CURVES):
+            return
+        points = self.curves.setdefault(name, [])
+        if len(points) < MAX_POINTS:
             points.append((int(step), float(value)))
 
     def rng(self, role: str) -> torch.Generator:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -23,7 +26,19 @@ from backdoorbench_mcl import datacache
 from backdoorbench_mcl.api import Dataset, Images, MaskPattern, Source
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.report import gallery
-from backdoorbench_mcl.report.gallery import Column, Found, choose, difference, file_name, panel, sheets, wrap
+from backdoorbench_mcl.report.gallery import (
+    Column,
+    Found,
+    Sheet,
+    arrange,
+    choose,
+    difference,
+    panel,
+    sheets,
+    stem,
+    vector,
+    wrap,
+)
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.store import Stage, Store
 
@@ -102,7 +117,11 @@ class Bench:
         )
 
     def draw(self, images: int = 4) -> list[Path | UserError]:
-        return list(sheets(self.runs, self.rows, self.cache, self.out, images))
+        """The PNG of each sheet, or why there is none."""
+        drawn = list(sheets(self.runs, self.rows, self.cache, self.out, images))
+        pictures = [path for path in drawn if isinstance(path, Path)]
+        assert [path.suffix for path in pictures] == [".png", ".svg"] * (len(pictures) // 2)
+        return [item for item in drawn if not isinstance(item, Path) or item.suffix == ".png"]
 
 
 @pytest.fixture
@@ -111,18 +130,18 @@ def bench(tmp_path: Path) -> Bench:
 
 
 class Told:
-    """What `draw` was given, in place of a picture."""
+    """What `arrange` was given, in place of a sheet."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heading: Sequence[str] = ()
         self.columns: dict[str, Column] = {}
         self.footing: Sequence[str] = ()
-        monkeypatch.setattr(gallery, "draw", self)
+        monkeypatch.setattr(gallery, "arrange", self)
 
-    def __call__(self, heading: Sequence[str], columns: Sequence[Column], footing: Sequence[str]) -> Image.Image:
+    def __call__(self, heading: Sequence[str], columns: Sequence[Column], footing: Sequence[str]) -> Sheet:
         self.heading, self.footing = heading, footing
         self.columns = {column.title: column for column in columns}
-        return Image.new("RGB", (1, 1))
+        return Sheet(1, 1, (), ())
 
 
 @pytest.fixture
@@ -237,6 +256,31 @@ def test_panels_lie_on_a_grid_with_the_pixels_of_the_store(bench: Bench) -> None
     assert holds(sheet, found.alone()) == [(434, tops[0])]
 
 
+def test_the_svg_holds_the_same_pixels_and_letters(bench: Bench) -> None:
+    bench.victim(attack="badnets(target=1)")
+    (sheet,) = bench.draw()
+    assert isinstance(sheet, Path)
+    root = ElementTree.parse(sheet.with_suffix(".svg")).getroot()
+    assert (int(root.attrib["width"]), int(root.attrib["height"])) == Image.open(sheet).size
+    pixels = np.asarray(Image.open(sheet).convert("RGB"))
+    images = root.findall("{*}image")
+    assert len(images) == 12
+    for element in images:
+        x, y, width, height = (int(element.attrib[name]) for name in ("x", "y", "width", "height"))
+        own = Image.open(io.BytesIO(base64.b64decode(element.attrib["href"].partition(",")[2])))
+        assert own.size == (8, 8)
+        assert np.array_equal(np.asarray(own), pixels[y : y + height : 12, x : x + width : 12])
+    assert "badnets(target=1) on noise, net" in " ".join(text.text or "" for text in root.findall("{*}text"))
+
+
+def test_letters_of_others_are_no_markup_in_the_svg() -> None:
+    column = Column("<script>alert(1)</script>&", [(np.zeros((1, 8, 8), np.uint8), ['"</text>\ud800'])])
+    sheet = vector(arrange(["a<b"], [column]))
+    root = ElementTree.fromstring(sheet)
+    assert {element.tag.partition("}")[2] for element in root.iter()} == {"svg", "rect", "image", "text"}
+    assert "a<b" in [element.text for element in root.iter()]
+
+
 def test_what_is_written_beside_the_pictures(bench: Bench, told: Told) -> None:
     bench.victim(attack="badnets(target=1)")
     blend = {"mask": noise(0, 8, 8), "pattern": noise(1, 3, 8, 8)}
@@ -291,11 +335,11 @@ def test_the_same_images_for_every_attack_and_a_file_for_every_victim(bench: Ben
         bench.rows.clear()
         row = bench.victim(key, **labels)
         (path,) = bench.draw(2)
-        assert path == bench.out / file_name(row)
-        names.append(file_name(row))
+        assert path == bench.out / f"{stem(row)}.png"
+        names.append(stem(row))
         clean.append([entry and entry[0].tobytes() for entry in told.columns["clean"].entries])
-    assert names == ["noise_badnets_seed0_aaaaaaaa.png", "noise_badnets_seed0_bbbbbbbb.png",
-                     "noise_blend-file-x-..-y_seed3_cccccccc.png"]  # fmt: skip
+    assert names == ["noise_badnets_seed0_aaaaaaaa", "noise_badnets_seed0_bbbbbbbb",
+                     "noise_blend-file-x-..-y_seed3_cccccccc"]  # fmt: skip
     assert clean[0] == clean[1] == clean[2]
     assert len(clean[0]) == 2
 
@@ -348,7 +392,7 @@ def test_a_stage_that_is_gone_is_said_and_other_victims_are_drawn(bench: Bench, 
     other = bench.victim("b" * 64, attack="blend")
     drawn = bench.draw()
     assert isinstance(drawn[0], UserError)
-    assert drawn[1:] == [bench.out / file_name(other)]
+    assert drawn[1:] == [bench.out / f"{stem(other)}.png"]
 
 
 def test_damage_is_said(bench: Bench) -> None:
@@ -366,7 +410,7 @@ def test_a_lost_trigger_costs_its_column_only(bench: Bench, told: Told) -> None:
     bench.victim()
     bench.defended("nc-box", 0, "m:MaskPattern", {}, mask=noise(0, 8, 8), pattern=noise(1, 3, 8, 8))
     bench.store.forget("inc-box0")
-    assert bench.draw() == [bench.out / file_name(bench.rows[0])]
+    assert bench.draw() == [bench.out / f"{stem(bench.rows[0])}.png"]
     assert len(told.columns) == 3
     assert told.footing[0].startswith("nc-box: inverted triggers are no longer stored")
 
@@ -379,11 +423,13 @@ def test_the_command_on_a_real_matrix(reference: Reference, bbmcl: Bbmcl, tmp_pa
     done = bbmcl("gallery", "--runs", str(runs), "--images", "3", "-o", "pictures")
     assert (done.returncode, done.stderr) == (0, "")
     names = [Path(line) for line in done.stdout.splitlines()]
-    assert [name.name.split("_")[:3] for name in names] == [["tiny", "badnets", "seed0"], ["tiny", "blend", "seed0"]]
-    sizes = {Image.open(tmp_path / name).size for name in names}
+    assert [(*name.stem.split("_")[:3], name.suffix) for name in names] == [
+        ("tiny", attack, "seed0", kind) for attack in ("badnets", "blend") for kind in (".png", ".svg")
+    ]
+    sizes = {Image.open(tmp_path / name).size for name in names if name.suffix == ".png"}
     assert len(sizes) == 1 and min(sizes.pop()) > 300  # five columns, for nc-box has a picture
     one = bbmcl("gallery", "--runs", str(runs), "--attacks", "blend")
-    assert [Path(line).parent for line in one.stdout.splitlines()] == [runs / "gallery"]
+    assert [Path(line).parent for line in one.stdout.splitlines()] == [runs / "gallery"] * 2
     none = bbmcl("gallery", "--runs", str(runs), "--attacks", "sig")
     assert (none.returncode, none.stdout) == (2, "")
     assert none.stderr.startswith("bbmcl: no stored victim fits") and none.stderr.count("\n") == 1

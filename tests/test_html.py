@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -16,11 +18,15 @@ import pytest
 import small
 from conftest import Bbmcl, Reference
 from made import make
+from shelves import Shelves, shelved
 
 from backdoorbench_mcl import documents, runner
 from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
+from backdoorbench_mcl.report.drill import Drill
 from backdoorbench_mcl.report.html import page
+from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.rows import Row
+from backdoorbench_mcl.store import Stage
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -117,10 +123,69 @@ def test_a_thousand_cells_make_a_small_page() -> None:
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
 
+@pytest.mark.parametrize("repairs, points", [(1, 20), (3, 200), (8, 200)])
+def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
+    tmp_path: Path, repairs: int, points: int
+) -> None:
+    store = Shelves(tmp_path, {"model": 2, "invert": 2, "defend": repairs}, points)
+    text = page(shelved(25, 40), store=store)
+    assert len(text.encode()) < 5_000_000
+    data = Parsed(text).data
+    run = next(run for run in data["runs"] if run["row"]["defense"] == "defense3" and run["row"]["state"] == "ok")
+    failed = next(run for run in data["runs"] if run["row"]["state"] == "failed")
+    assert len(run["curves"]) == 4 + repairs
+    assert all(data["curves"][place] for place in run["curves"])
+    assert sum(count for _, count in data["confusions"][run["confusion"]]["fired"]) == 9000
+    assert "xxx" in data["logs"][failed["log"]]
+    assert run["pictures"] and re.search(r"left out of its cells: \d+ pictures", text)
+    assert ("curves are thinned to" in text) == (points > 20)
+
+
+def test_a_curve_is_held_once_and_in_four_digits(tmp_path: Path) -> None:
+    data = Parsed(page(shelved(1, 3), store=Shelves(tmp_path, {"model": 1, "defend": 1}, 300)))
+    runs, curves = data.data["runs"], data.data["curves"]
+    assert [len(run["curves"]) for run in runs] == [1, 0, 2, 2]
+    assert len({run["curves"][0] for run in (runs[0], *runs[2:])}) == 1
+    assert len(curves) == 3
+    _, flat = curves[0]
+    assert (flat[0], flat[-2], len(flat)) == (0, 299, 400)  # first and last step of 200 points
+    rng = random.Random("model 0")
+    assert flat[1] == float(f"{rng.random():.4g}")
+
+
+def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
+    store = Shelves(tmp_path, {"model": 1, "invert": 8, "defend": 8}, 100)
+    drill = Drill(store, None, 50_000)
+    for row in shelved(10, 10):
+        drill.place(row)
+    data, lines = drill.data()
+    assert (
+        len(json.dumps({name: data[name] for name in ("curves", "confusions", "logs")}, separators=(",", ":"))) < 50_000
+    )
+    left, thinned = lines
+    places = {place for run in data["runs"] for place in run["curves"]}
+    dropped = sum(place >= len(data["curves"]) for place in places)
+    assert thinned == "To keep the page small, curves are thinned to at most 12 points each."
+    confusions = sum(run["confusion"] is None for run in data["runs"] if run["row"]["state"] == "ok")
+    assert dropped > 0 and confusions > 0
+    assert left.endswith(f": 93 pictures, {dropped} curves, {confusions} tables of predicted classes, 2 logs.")
+
+
+def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    class Odd(Shelves):
+        def stage(self, key: str) -> Stage | None:
+            points = [[0, 1], [1, 10**400], ["2", 1], [3], None, [4, math.nan], [5, 2.0], [6, 1e200]]
+            return Stage(key, "", {}, "", {"curves": {"odd": points, "no list": 3, "one point": [[0, 1]]}})
+
+    drill = Drill(Odd(tmp_path, {}, 0), None)
+    drill.place(shelved(1, 0)[0])
+    assert drill.data()[0]["curves"] == [["Training of the victim: odd", [0, 1, 5, 2, 6, 1e200]]]
+
+
 def test_a_sweep_over_clean_rates_is_drawn_although_each_has_a_table_of_its_own() -> None:
     rows = [make("badnets", "ft", 30 - 100 * rate, 80.0, clean_rate=rate) for rate in (0.01, 0.05, 0.2)]
     text = page(rows)
-    assert text.count("clean rate in %") == 2  # of ASR and of BA
+    assert text.count(">clean rate in %</text>") == 2  # of ASR and of BA
     assert "clean rate in %" not in page(rows[:1])
 
 
@@ -154,12 +219,15 @@ def test_a_finished_matrix_shows_its_triggers_curves_and_confusion(
         "clean", "true trigger", "difference x4", "inverted by nc-box(steps=20)",
     ]  # fmt: skip
     assert all(found.data["images"][i].startswith("data:image/png;base64,") for _, i in run["pictures"])
-    curves = dict(run["curves"])
-    assert list(curves) == ["Training of the victim: loss", "Repair: loss"]
-    losses = [value for _, value in curves["Training of the victim: loss"]]
+    curves = dict(found.data["curves"][place] for place in run["curves"])
+    assert list(curves) == [
+        "Training of the victim: loss", "Inversion: mask L1", "Inversion: success in %", "Repair: loss",
+    ]  # fmt: skip
+    losses = curves["Training of the victim: loss"][1::2]
     assert losses[-1] < losses[0]
-    assert sum(count for _, count in run["target"]) == run_count(rows, "tca_n")
-    assert sum(count for _, count in run["fired"]) == run_count(rows, "asr_n")
+    confusion = found.data["confusions"][run["confusion"]]
+    assert sum(count for _, count in confusion["target"]) == run_count(rows, "tca_n")
+    assert sum(count for _, count in confusion["fired"]) == run_count(rows, "asr_n")
     assert "torch" in found.data["provenance"][run["provenance"]]["versions"]
     assert len(found.data["images"]) == 8  # of two victims and two inversions, each once
 
@@ -174,7 +242,7 @@ def test_a_failure_comes_with_its_log(bbmcl: Bbmcl, tmp_path: Path) -> None:
     assert bbmcl("report", "--format", "html", "--runs", "runs").stdout.strip() == "runs/report.html"
     found = Parsed((tmp_path / "runs" / "report.html").read_text())
     run = next(r for r in found.data["runs"] if r["row"]["state"] == "failed")
-    assert "Traceback" in run["log"]
+    assert "Traceback" in found.data["logs"][run["log"]]
     assert run["row"]["reason"]
 
 
@@ -212,3 +280,48 @@ def test_a_job_keeps_few_and_finite_points_of_a_curve(tmp_path: Path) -> None:
     assert len(running.curves) <= MAX_CURVES
     assert running.curves.get("other", []) == []
     assert json.loads(json.dumps(running.curves, allow_nan=False))["loss"][0] == [0, 1.0]
+
+
+def test_a_job_with_as_many_curves_as_it_may_have_goes_on_with_each_of_them(tmp_path: Path) -> None:
+    running = Job(tmp_path, {}, lambda done, total, images: None)
+    for step in range(3):
+        for i in range(MAX_CURVES + 1):
+            running.record(f"curve {i}", step, float(i))
+    assert {name: len(points) for name, points in running.curves.items()} == {
+        f"curve {i}": 3 for i in range(MAX_CURVES)
+    }
+
+
+def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
+    body = (("badnets", "12", "10.00±0.10 [1, 2]", "<0.001", "differs"), ("sig", "2", "+2.50 to 3", "–", "consistent"),
+            ("cl", "3", "\N{MINUS SIGN}0.5", "cannot fire", ""), ("blend", "4", "7:3", "nan", "too wide"))  # fmt: skip
+    found = Parsed(page([], below=[Sheet("Claims", ("attack", "text", "ASR", "p", ""), body, 2)]))
+    cells = [a for tag, a in found.tags if tag == "td"]
+    values = [[a.get("data-v") for a in cells if a["data-c"] == str(column)] for column in range(5)]
+    assert values == [
+        [None] * 4, [None] * 4, ["10.0", "2.5", "-0.5", "7.0"], ["0.001", "", "", ""], [None] * 4,
+    ]  # fmt: skip
+
+
+def test_plots_are_limited_by_cells_and_not_by_runs() -> None:
+    rows = [
+        make(f"attack{a}", f"defense{d}", 5.0 + d, 80.0, victim=v, draw=r)
+        for a in range(5) for d in range(6) for v in range(5) for r in range(3)
+    ]  # fmt: skip
+    text = page(rows)
+    assert text.count("<svg") == 2
+    assert "too many" not in text
+    many = page([make(f"attack{a}", f"defense{d}", 5.0, 80.0) for a in range(21) for d in range(20)])
+    assert many.count("<svg") == 0
+    assert many.count("420 cells are too many to be drawn, at most 400 are.") == 2
+
+
+def test_every_plot_of_a_page_is_labelled_and_no_id_stands_twice() -> None:
+    rates = [make(a, f"ft(lr={lr})", 30.0, 80.0, clean_rate=r) for a in "ab" for lr in (1, 2) for r in (0.01, 0.05)]
+    found = Parsed(page(rates))
+    shown = [a for tag, a in found.tags if tag == "svg"]
+    assert len(shown) == 6  # two for each rate, one for the rates, one for lr
+    assert all(a["role"] == "img" and a["aria-label"] for a in shown)
+    assert len({a["aria-label"] for a in shown}) == 6
+    ids = [a["id"] for _, a in found.tags if "id" in a]
+    assert len(ids) == len(set(ids))

@@ -185,18 +185,6 @@ def sweep() -> list[Row]:
     return out
 
 
-def test_what_varies_is_found() -> None:
-    name, found = figures.swept(sweep()) or ("", {})
-    assert name == "clean rate in %"
-    assert [point.x for point in found["badnets"]["ft"]] == [1.0, 5.0, 20.0]
-    assert found["badnets"]["mcldef"][0].asr is not None
-    assert found["badnets"]["mcldef"][0].asr.mean == pytest.approx(2.6, abs=0.01)
-    taus = [make("sig", f"mcldef(temperature={t})", t, 80.0) for t in (0.5, 0.1)] + [make("sig", "ft", 1.0)]
-    name, found = figures.swept(taus) or ("", {})
-    assert (name, [p.x for p in found["sig"]["mcldef"]]) == ("temperature", [0.1, 0.5])
-    assert figures.swept([make("sig", "ft", 1.0), make("sig", "nad", 2.0)]) is None
-
-
 def test_the_pareto_front() -> None:
     assert figures.front([(1, 80), (2, 79), (3, 82), (0.5, 70), (3, 81)]) == [3, 0, 2]
     assert figures.front([]) == []
@@ -212,7 +200,7 @@ def test_figures_are_written_whole_and_twice_the_same(tmp_path: Path) -> None:
     assert first == second
     assert first[0].startswith(b"\x89PNG")
     assert b"<svg" in first[1]
-    assert figures.svg(made).startswith("<svg")
+    assert figures.svg(made, "a", "b").startswith("<svg")
 
 
 def test_scatters_take_what_is_finished(tmp_path: Path) -> None:

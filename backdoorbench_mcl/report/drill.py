@@ -1,13 +1,15 @@
 """What is behind each run of an HTML report, as JSON: pictures, curves, confusion, parameters, provenance, failure log.
 
-Everything a stage may have written is checked here, since a method may have written it. Equal parameters, provenance
-and pictures are stored once, so that a thousand cells fit into a page.
+Everything a stage may have written is checked here, since a method may have written it. What runs share (parameters,
+provenance, pictures, curves, logs) is held once, and what grows with methods and data sets has a budget of bytes, so
+that a thousand cells fit into a page. What did not fit is said.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,28 +27,60 @@ from . import gallery, statistics
 from .evidence import Evidence
 from .records import finite
 
-PICTURE_BYTES = 2_000_000  # of all pictures of a page together, as base64
+ROOM = 4_000_000  # bytes of everything here that has a budget, by default
+SHARES = {"pictures": 0.4, "curves": 0.36, "confusion": 0.14, "logs": 0.1}  # of the room
 SIDE = 96  # pixels: larger pictures are shrunk to it
 SOUGHT = 2  # test images of two classes: at least one of them is not the target and counts
 Draw = Callable[[Row], list[tuple[str, "gallery.Pixels"]]]
-MAX_LOG, MAX_POINTS, MAX_CLASSES = 4000, 200, 100
+MAX_LOG, MAX_CLASSES = 4000, 100
+POINTS = (200, 100, 50, 25, 12)  # of a curve: the most for which all curves fit
+KINDS = (  # stages whose curves are shown, in this order
+    ("model", "Training of the victim"), ("verdict", "Detection"), ("invert", "Inversion"), ("defend", "Repair"),
+)  # fmt: skip
+Curve = tuple[str, list[tuple[float, float]]]  # title, (step, value)
 METRICS = (
     ("ASR", "asr"), ("FTR, the floor of ASR", "ftr"), ("BA", "ba"), ("BA without the target class", "ba_nt"),
     ("TCA", "tca"), ("RA", "ra"),
 )  # fmt: skip
 
 
-class Drill:
-    """Collects what a page holds of its runs. store: None where rows come without a runs folder."""
+class Shelf:
+    """Values of a page, each held once by its key, as long as there is room. room: bytes of JSON."""
 
-    def __init__(self, store: Store | None, cache: Path | None) -> None:
+    def __init__(self, room: float) -> None:
+        self.room = room
+        self.values: list[Any] = []
+        self.left_out = 0
+        self._places: dict[str, int | None] = {}
+
+    def put(self, key: str, value: Any) -> int | None:
+        """The place of a value, None where it does not fit."""
+        if key not in self._places:
+            size = len(json.dumps(value, separators=(",", ":")))
+            fits = size <= self.room
+            self._places[key] = len(self.values) if fits else None
+            if fits:
+                self.room -= size
+                self.values.append(value)
+            else:
+                self.left_out += 1
+        return self._places[key]
+
+
+class Drill:
+    """Collects what a page holds of its runs. store: None where rows come without a runs folder; room: bytes of
+    pictures, curves, confusion and logs.
+    """
+
+    def __init__(self, store: Store | None, cache: Path | None, room: float = ROOM) -> None:
         self.store = store
         self.evidence = None if store is None else Evidence(store)
         self.cache = cache
         self.runs: list[dict[str, Any]] = []
-        self.images: list[str] = []
-        self.room = PICTURE_BYTES
-        self.left_out = 0
+        self.images, self.confusions, self.logs = (Shelf(SHARES[n] * room) for n in ("pictures", "confusion", "logs"))
+        self._curve_room = SHARES["curves"] * room
+        self._curves: list[Curve] = []
+        self._recorded: dict[str, list[int]] = {}  # by stage key: places of curves
         self._known: dict[str, dict[str, int]] = {"params": {}, "provenance": {}}
         self._drawn: dict[str, list[tuple[str, int]]] = {}  # by stage key: the pictures of a victim or an inversion
         self._places: dict[str, int] = {}
@@ -59,22 +93,36 @@ class Drill:
             self.runs.append(self._run(row))
         return self._places[name]
 
-    def data(self) -> dict[str, Any]:
-        """The page's data; free of what JSON does not have."""
+    def data(self, spare: float = 0) -> tuple[dict[str, Any], list[str]]:
+        """The page's data, free of what JSON does not have, and lines on what was left out of it. spare: bytes that
+        others did not use; curves, which can be thinned, take what all others leave.
+        """
         tables = {name: [json.loads(text) for text in self._known[name]] for name in ("params", "provenance")}
-        found: dict[str, Any] = finite({"runs": self.runs, "images": self.images, **tables})
-        return found
+        spare += sum(shelf.room for shelf in (self.images, self.confusions, self.logs))
+        curves, points = _fitting(self._curves, self._curve_room + spare)
+        parts = {"pictures": self.images.left_out, "curves": len(self._curves) - len(curves),
+                 "tables of predicted classes": self.confusions.left_out, "logs": self.logs.left_out}  # fmt: skip
+        missing = ", ".join(f"{count} {name}" for name, count in parts.items() if count)
+        lines = [f"To keep the page small, these were left out of its cells: {missing}."] if missing else []
+        if points < POINTS[0]:
+            lines.append(f"To keep the page small, curves are thinned to at most {points} points each.")
+        found: dict[str, Any] = finite({
+            "runs": self.runs, "images": self.images.values, "curves": curves, "confusions": self.confusions.values,
+            "logs": self.logs.values, **tables,
+        })  # fmt: skip
+        return found, lines
 
     def _run(self, row: Row) -> dict[str, Any]:
         shown = ("attack", "defense", "victim_seed", "defense_seed", "state", "target")
-        out: dict[str, Any] = {
+        params = {**row.params, **({"--set": row.overrides} if row.overrides else {})}
+        return {
             "row": {**{name: getattr(row, name) for name in shown}, "reason": one_line(row.reason, 500)},
-            "told": _told(row), "pictures": self._pictures(row), "curves": self._curves(row), "log": self._log(row),
-            "params": self._once("params", {**row.params, **({"--set": row.overrides} if row.overrides else {})}),
-            "provenance": self._once("provenance", self._provenance(row)), "target": None, "fired": None,
+            "told": _told(row), "pictures": self._pictures(row),
+            "curves": [place for kind, title in KINDS for place in self._recordings(row, kind, title)],
+            "confusion": self._confusion(row), "log": self._log(row),
+            "params": {name: self._once("params", value) for name, value in params.items()},
+            "provenance": self._once("provenance", self._provenance(row)),
         }  # fmt: skip
-        out.update(self._confusion(row))
-        return out
 
     def _once(self, table: str, value: Any) -> int:
         text = json.dumps(finite(value), sort_keys=True, default=str)
@@ -92,29 +140,39 @@ class Drill:
 
     # ------------------------------------------------------------ curves, confusion, log
 
-    def _curves(self, row: Row) -> list[tuple[str, list[list[float]]]]:
-        out = []
-        for kind, title in (("model", "Training of the victim"), ("defend", "Repair")):
-            stage = self.store.stage(row.stages[kind]) if self.store and kind in row.stages else None
-            curves = stage.numerics.get("curves", {}) if stage is not None else {}
-            for name, points in curves.items() if isinstance(curves, Mapping) else ():
-                kept = _thinned([p for p in points if _is_point(p)]) if isinstance(points, list) else []
+    def _recordings(self, row: Row, kind: str, title: str) -> list[int]:
+        """Places of the curves that a stage of a row recorded."""
+        if self.store is None or kind not in row.stages:
+            return []
+        key = row.stages[kind]
+        if key not in self._recorded:
+            stage = self.store.stage(key)
+            found = stage.numerics.get("curves") if stage is not None else None
+            self._recorded[key] = []
+            for name, points in found.items() if isinstance(found, Mapping) else ():
+                kept = [(float(p[0]), float(p[1])) for p in points if _is_point(p)] if isinstance(points, list) else []
                 if len(kept) > 1:
-                    out.append((f"{title}: {one_line(str(name), 40)}", kept))
-        return out
+                    self._recorded[key].append(len(self._curves))
+                    self._curves.append((f"{title}: {one_line(str(name), 40)}", _thinned(kept, POINTS[0])))
+        return self._recorded[key]
 
-    def _confusion(self, row: Row) -> dict[str, Any]:
+    def _confusion(self, row: Row) -> int | None:
         """Counts of predicted labels: of clean images of the target class, of triggered images that count."""
         folder = self.evidence.folder(row, "predict") if self.evidence else None
         if folder is None or row.target is None:
-            return {}
+            return None
         found = load_file(folder / "predictions.safetensors")
         own, counted = found["y"] == row.target, found["counted"].astype(bool)
-        return {"target": _counts(found["clean"][own]), "fired": _counts(found["triggered"][counted])}
+        counts = {"target": _counts(found["clean"][own]), "fired": _counts(found["triggered"][counted])}
+        return self.confusions.put(f"{row.stages['predict']} {row.target}", counts)
 
-    def _log(self, row: Row) -> str:
-        last = self.store.last_attempt(row.stages["failed"]) if self.store and "failed" in row.stages else None
-        return "" if last is None else "\n".join(one_line(line, 400) for line in last[2][-MAX_LOG:].splitlines())
+    def _log(self, row: Row) -> int | None:
+        if self.store is None or "failed" not in row.stages:
+            return None
+        last = self.store.last_attempt(row.stages["failed"])
+        lines = [] if last is None else last[2][-MAX_LOG:].splitlines()
+        text = "\n".join(one_line(line, 400) for line in lines)
+        return self.logs.put(row.stages["failed"], text) if text else None
 
     # ------------------------------------------------------------ pictures
 
@@ -125,24 +183,16 @@ class Drill:
             if self.store is not None and kind in row.stages:
                 key = row.stages[kind]
                 if key not in self._drawn:
-                    self._drawn[key] = self._placed(draw, row)
+                    self._drawn[key] = self._placed(draw, row, key)
                 out += self._drawn[key]
         return out
 
-    def _placed(self, draw: Draw, row: Row) -> list[tuple[str, int]]:
+    def _placed(self, draw: Draw, row: Row, key: str) -> list[tuple[str, int]]:
         try:
-            drawn = [(title, _uri(image)) for title, image in draw(row)]
+            drawn = [(title, self.images.put(f"{key} {title}", _uri(image))) for title, image in draw(row)]
         except UserError:  # gone or damaged: the page is worth more than a picture
             return []
-        out = []
-        for title, uri in drawn:
-            if len(uri) > self.room:
-                self.left_out += 1
-                continue
-            self.room -= len(uri)
-            self.images.append(uri)
-            out.append((title, len(self.images) - 1))
-        return out
+        return [(title, place) for title, place in drawn if place is not None]
 
     def _triggered(self, row: Row) -> list[tuple[str, gallery.Pixels]]:
         """A clean test image, the same with the true trigger, their difference."""
@@ -204,15 +254,33 @@ def _number(value: float | None, unit: str = "") -> str:
 
 def _is_point(point: Any) -> bool:
     return isinstance(point, list | tuple) and len(point) == 2 and all(
-        isinstance(v, int | float) and math.isfinite(v) for v in point
+        isinstance(v, int | float) and abs(v) < 1e300 for v in point
     )  # fmt: skip
 
 
-def _thinned(points: Sequence[Sequence[float]]) -> list[list[float]]:
-    """At most `MAX_POINTS` of them, evenly, the last one included."""
-    step = max(1, -(-len(points) // MAX_POINTS))
-    kept = [list(p) for p in points[::step]]
-    return kept if not points or kept[-1] == list(points[-1]) else [*kept, list(points[-1])]
+def _thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """`most` of them or fewer, evenly, the first and the last one included."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def _fitting(curves: Sequence[Curve], room: float) -> tuple[list[tuple[str, list[float]]], int]:
+    """Curves as (title, [step, value, step, value, ...]) with four significant digits, in `room` bytes of JSON, and how
+    many points each may have. Where even the fewest points do not fit, only the first curves are kept.
+    """
+    made: list[tuple[str, list[float]]] = []
+    for most in POINTS:
+        made = [(title, [_short(v) for point in _thinned(points, most) for v in point]) for title, points in curves]
+        if len(json.dumps(made, separators=(",", ":"))) <= room:
+            return made, most
+    sizes = itertools.accumulate(len(json.dumps(curve, separators=(",", ":"))) + 1 for curve in made)
+    return made[: sum(size <= room for size in sizes)], POINTS[-1]
+
+
+def _short(value: float) -> float:
+    """Four significant digits, a whole number as it is."""
+    return int(value) if abs(value) < 1e9 and value == int(value) else float(f"{value:.4g}")
 
 
 def _counts(labels: Any) -> list[tuple[int, int]]:
@@ -231,4 +299,4 @@ def _uri(image: gallery.Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-__all__ = ["PICTURE_BYTES", "Drill"]
+__all__ = ["ROOM", "Drill"]

@@ -46,7 +46,10 @@ class Evidence:
             return None
         found = load_file(folder / "embedding.safetensors")
         title = row.attack if row.defense == "before" else f"{row.attack} / {row.defense}"
-        return Embedding(title, found["xy"], found["y"].astype(np.int64), artefacts.read_meta(folder))
+        seeds = f"victim seed {row.victim_seed}"
+        if row.defense_seed is not None:
+            seeds += f", defense seed {row.defense_seed}"
+        return Embedding(title, seeds, found["xy"], found["y"].astype(np.int64), artefacts.read_meta(folder))
 
 
 __all__ = ["Evidence"]

@@ -5,9 +5,13 @@ Every figure is written as PNG and as SVG. Text of others is drawn as it is, nev
 
 from __future__ import annotations
 
+import html
 import io
+import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,18 +22,21 @@ from .. import params
 from ..errors import UserError
 from ..rows import Row
 from ..text import one_line
-from . import files, statistics
-from .grid import BEFORE
-from .paper import nested
+from . import files, grid
+from .grid import Block, Cell, Column, Line
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22", "#1b9e77")
 SHAPES = "osD^vPXp*h"
 GREY = "#777777"
+METRICS = ("asr", "ba")
 Kind = Literal["png", "svg"]
+_TAG = re.compile(r"<[^>]*>")  # matplotlib escapes > in values and in texts
+_ID = re.compile(r'(\sid="|\bxlink:href="#|\burl\(#)')
 
 
 def figure(columns: int, rows: int, width: float = 4.0, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -63,10 +70,32 @@ def save(made: Figure, stem: Path) -> list[Path]:
     return [files.write(stem.with_name(f"{stem.name}.{kind}"), render(made, kind)) for kind in get_args(Kind)]
 
 
-def svg(made: Figure) -> str:
-    """The figure as an SVG element, to be put into a page."""
+def svg(made: Figure, name: str, says: str) -> str:
+    """The figure as an SVG element, to be put into a page. name: starts its ids, of its own among the page's figures;
+    says: what it shows, for those who do not see it.
+    """
     found = render(made, "svg", letters="none").decode()
-    return found[found.index("<svg") :]
+    renamed = _TAG.sub(lambda tag: _ID.sub(rf"\g<1>{name}-", tag[0]), found[found.index("<svg") :])
+    return renamed.replace("<svg", f'<svg role="img" aria-label="{html.escape(says)}"', 1)
+
+
+def finish(made: Figure, title: str, entries: Mapping[str, Artist]) -> None:
+    """The title above, in as many lines as it needs, and an entry for each label right of the panels, for which the
+    figure is widened. Labels are cut as late as here: two that begin alike are two entries.
+    """
+    labels = [text(label, 40) for label in entries]
+    columns = -(-len(labels) // max(1, int(6 * made.get_figheight()) - 2))  # six lines an inch
+    made.set_figwidth(made.get_figwidth() + columns * (0.6 + 0.055 * max(map(len, labels), default=0)))
+    made.legend(
+        list(entries.values()), labels, fontsize=7, frameon=False, loc="outside right center", ncols=max(1, columns)
+    )
+    lines = textwrap.wrap(title, int(12 * made.get_figwidth()))  # letters an inch
+    made.suptitle("\n".join(lines), fontsize=10, x=0.01, horizontalalignment="left")
+
+
+def _look(i: int) -> tuple[str, str]:
+    """Colour and shape of the i-th defense; a hundred pairs before one comes again."""
+    return COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
 
 
 # ---------------------------------------------------------------- curves
@@ -74,34 +103,81 @@ def svg(made: Figure) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One value on a curve: means over victims."""
+    """A cell on a curve. x: the value that varies."""
 
     x: float
-    asr: statistics.Summary | None
-    ba: statistics.Summary | None
-    ftr: float | None
+    cell: Cell
 
 
-def swept(rows: Sequence[Row]) -> tuple[str, dict[str, dict[str, list[Point]]]] | None:
-    """What varies among rows, and by attack and curve its points; None where nothing does.
-
-    The clean rate if there are several, else the one numeric parameter in which the labels of a defense differ.
+@dataclass(frozen=True)
+class Sweep:
+    """What varies within a protocol. curves: by attack and defense the points by value; before: by attack the
+    undefended victims.
     """
-    done = [row for row in rows if row.state == "ok" and row.defense != BEFORE]
-    if len({row.clean_rate for row in done}) > 1:
-        return "clean rate in %", _points(done, lambda r: (r.defense, 100 * float(r.clean_rate or 0)))
-    labels = {row.defense: _selection(row.defense) for row in done}
-    values: dict[tuple[str, str], set[float]] = {}
-    for selection in labels.values():
-        for name, value in selection.params.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                values.setdefault((selection.name, name), set()).add(float(value))
-    several = [key for key, found in values.items() if len(found) > 1]
-    if len(several) != 1:
-        return None
-    method, name = several[0]
-    own = [row for row in done if labels[row.defense].name == method and name in labels[row.defense].params]
-    return name, _points(own, lambda r: (method, float(labels[r.defense].params[name])))
+
+    protocol: str
+    name: str
+    curves: Mapping[str, Mapping[str, Sequence[Point]]]
+    before: Mapping[str, Cell]
+
+    @property
+    def cells(self) -> int:
+        """How many points there are."""
+        return sum(len(points) for by in self.curves.values() for points in by.values())
+
+
+def sweeps(blocks: Sequence[Block]) -> list[Sweep]:
+    """One for each thing that takes several values within a protocol: the clean rate, which tells blocks apart, and
+    each numeric parameter in which the labels of a defense differ.
+
+    A curve holds what varies in nothing else: its name tells the other parameters and, if there are several, the rate.
+    """
+    protocols: dict[str, list[Block]] = {}
+    for block in blocks:
+        protocols.setdefault(replace(block, clean_rate=None).title, []).append(block)
+    return [sweep for title, group in protocols.items() for sweep in _varied(title, group)]
+
+
+def _varied(protocol: str, blocks: Sequence[Block]) -> list[Sweep]:
+    placed: dict[str, list[tuple[str, str, Point]]] = {}  # what varies -> attack, curve, point
+    before: dict[str, Cell] = {}
+    rates = len({block.clean_rate for block in blocks} - {None}) > 1
+    for block in blocks:
+        rate = f"clean rate {100 * (block.clean_rate or 0):g} %"
+        for line, column, cell in _finished(block):
+            if column.before:
+                before.setdefault(line.label, cell)
+                continue
+            if block.clean_rate is not None:
+                point = Point(100 * block.clean_rate, cell)
+                placed.setdefault("clean rate in %", []).append((line.label, column.label, point))
+            chosen = _selection(column.label)
+            for name, value in chosen.params.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    curve = ", ".join((_without(chosen, name), *([rate] if rates else [])))
+                    where = f"{name} of {chosen.name}{chosen.suffix}"
+                    placed.setdefault(where, []).append((line.label, curve, Point(float(value), cell)))
+    found = [Sweep(protocol, name, _curves(points), before) for name, points in placed.items()]
+    return [sweep for sweep in found if sweep.curves]
+
+
+def _finished(block: Block) -> list[tuple[Line, Column, Cell]]:
+    return [
+        (line, column, cell)
+        for line in block.lines
+        for cell, column in zip(line.cells, block.columns, strict=True)
+        if cell is not None and cell.ok
+    ]
+
+
+def _curves(placed: Sequence[tuple[str, str, Point]]) -> dict[str, dict[str, list[Point]]]:
+    """By attack and curve; nothing where no curve has two values."""
+    out: dict[str, dict[str, list[Point]]] = {}
+    for attack, curve, point in sorted(placed, key=lambda item: item[2].x):  # stable: attacks keep their order
+        out.setdefault(attack, {}).setdefault(curve, []).append(point)
+    varies = any(len({p.x for p in points}) > 1 for by in out.values() for points in by.values())
+    order = dict.fromkeys((attack, curve) for attack, curve, _ in placed)
+    return {a: {c: out[a][c] for b, c in order if b == a} for a, _ in order} if varies else {}
 
 
 def _selection(label: str) -> params.Selection:
@@ -112,59 +188,64 @@ def _selection(label: str) -> params.Selection:
         return params.Selection(label, label)
 
 
-def _points(rows: Sequence[Row], by: Any) -> dict[str, dict[str, list[Point]]]:
-    groups: dict[tuple[str, str, float], list[Row]] = {}
-    for row in rows:
-        curve, x = by(row)
-        groups.setdefault((row.attack, curve, x), []).append(row)
-    out: dict[str, dict[str, list[Point]]] = {}
-    for (attack, curve, x), group in groups.items():
-        ftr = [row.ftr for row in group if row.ftr is not None]
-        point = Point(
-            x, statistics.summary(nested(group, "asr")), statistics.summary(nested(group, "ba")),
-            float(np.mean(ftr)) if ftr else None,
-        )  # fmt: skip
-        out.setdefault(attack, {}).setdefault(curve, []).append(point)
-    return {a: {c: sorted(ps, key=lambda p: p.x) for c, ps in curves.items()} for a, curves in out.items()}
+def _without(chosen: params.Selection, name: str) -> str:
+    """The label less one parameter. Example: `mcldef(temperature=0.1, layers=3)` is `mcldef(layers=3)`."""
+    others = ", ".join(f"{other}={params.typed(value)}" for other, value in chosen.params.items() if other != name)
+    return f"{chosen.name}{chosen.suffix}" + (f"({others})" if others else "")
 
 
 def curves(rows: Sequence[Row], title: str) -> Figure | None:
-    """ASR above, BA below, a column an attack, a line a defense; dotted: FTR, the floor. None where nothing varies."""
-    found = swept(rows)
-    if found is None or not found[1]:
-        return None
-    name, attacks = found
-    made, axes = figure(len(attacks), 2)
-    lines: list[str] = list(dict.fromkeys(curve for by in attacks.values() for curve in by))
-    for column, (attack, by) in enumerate(attacks.items()):
-        for row, metric in enumerate(("asr", "ba")):
-            axis = axes[row * len(attacks) + column]
+    """The first thing that varies among rows, drawn; None where nothing does. Raises UserError as `grid.build` does."""
+    found = sweeps(grid.build(rows))
+    return drawn(found[0], title) if found else None
+
+
+def drawn(sweep: Sweep, title: str) -> Figure:
+    """ASR above, BA below, a column an attack, a line a defense; dotted: FTR, the floor; x: target class erased."""
+    from matplotlib.lines import Line2D
+
+    made, axes = figure(len(sweep.curves), 2)
+    lines = list(dict.fromkeys(curve for by in sweep.curves.values() for curve in by))
+    entries: dict[str, Artist] = {}
+    for column, (attack, by) in enumerate(sweep.curves.items()):
+        for row, metric in enumerate(METRICS):
+            axis = axes[row * len(sweep.curves) + column]
             for curve, points in by.items():
-                _curve(axis, points, metric, lines.index(curve), text(curve))
-            axis.set_xlabel(text(name))
+                _curve(axis, points, metric, lines.index(curve))
+            axis.set_xlabel(text(sweep.name))
             axis.set_ylabel(f"{metric.upper()} in %")
             axis.set_title(text(attack) if row == 0 else "")
-            before = [r for r in rows if r.attack == attack and r.defense == BEFORE]
-            level = [value for r in before if (value := getattr(r, metric)) is not None]
-            if level:
-                axis.axhline(float(np.mean(level)), color="black", linewidth=0.8, linestyle="--", label="undefended")
-    axes[0].legend(fontsize=7, frameon=False)
-    made.suptitle(text(title, 120))
+            level = getattr(sweep.before.get(attack), metric, None)
+            if level is not None:
+                axis.axhline(level.mean, color="black", linewidth=0.8, linestyle="--")
+                entries["undefended"] = Line2D([], [], color="black", linewidth=0.8, linestyle="--")
+    cells = [point.cell for by in sweep.curves.values() for points in by.values() for point in points]
+    named: dict[str, Artist] = {}
+    for i, curve in enumerate(lines):
+        named[curve] = Line2D([], [], color=_look(i)[0], marker=_look(i)[1], markersize=4, linewidth=1.2)
+    if any(cell.mean("ftr") is not None for cell in cells):
+        entries["FTR, the floor of ASR"] = Line2D([], [], color=GREY, linewidth=0.8, linestyle=":")
+    if any(cell.erased for cell in cells):
+        entries["target class erased"] = Line2D([], [], color="black", marker="x", markersize=8, linestyle="")
+    finish(made, text(title, 120), {**named, **entries})
     return made
 
 
-def _curve(axis: Axes, points: Sequence[Point], metric: str, i: int, label: str) -> None:
-    kept = [(p.x, summary, p.ftr) for p in points if (summary := getattr(p, metric)) is not None]
+def _curve(axis: Axes, points: Sequence[Point], metric: str, i: int) -> None:
+    """metric: a field of a cell, "asr" or "ba"."""
+    kept = [(p.x, stat, p.cell) for p in points if (stat := getattr(p.cell, metric)) is not None]
     if not kept:
         return
     x, y = [p[0] for p in kept], [p[1].mean for p in kept]
-    colour = COLOURS[i % len(COLOURS)]
-    spread = [p[1].sd or 0.0 for p in kept]
-    axis.errorbar(x, y, yerr=spread if any(spread) else None, color=colour, marker=SHAPES[i % len(SHAPES)],
-                  markersize=4, linewidth=1.2, capsize=2, label=label)  # fmt: skip
-    floor = [p[2] for p in kept]
-    if metric == "asr" and None not in floor:
-        axis.plot(x, [float(value or 0) for value in floor], color=colour, linewidth=0.8, linestyle=":")
+    (colour, shape), spread = _look(i), [p[1].sd or 0.0 for p in kept]
+    axis.errorbar(x, y, yerr=spread if any(spread) else None, color=colour, marker=shape, markersize=4, linewidth=1.2,
+                  capsize=2)  # fmt: skip
+    for at, stat, cell in kept:
+        if cell.erased:
+            axis.plot([at], [stat.mean], color="black", marker="x", markersize=8, linestyle="")
+    floor = [value for p in kept if (value := p[2].mean("ftr")) is not None]
+    if metric == "asr" and len(floor) == len(kept):
+        axis.plot(x, floor, color=colour, linewidth=0.8, linestyle=":")
 
 
 # ---------------------------------------------------------------- scatters
@@ -180,38 +261,85 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(out, key=lambda i: points[i])
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A cell on a scatter. x: its ASR, or its seconds; hollow: why it may not be compared with others, "" if it may."""
+
+    label: str
+    x: float
+    asr: float
+    ba: float
+    floor: bool
+    hollow: str
+
+
+def dots(line: Line, columns: Sequence[Column], cost: bool = False) -> list[Dot]:
+    """The cells of an attack that have ASR and BA and, with `cost`, seconds."""
+    out = []
+    for cell, column in zip(line.cells, columns, strict=True):
+        if cell is None or column.before or cell.asr is None or cell.ba is None:
+            continue
+        x = cell.mean("seconds_shared") if cost else cell.asr.mean
+        if x is not None:
+            why = "weak attack" if line.flagged else "" if cell.ranked else "runs missing"
+            why = "target class erased" if cell.erased else why
+            out.append(Dot(column.label, x, cell.asr.mean, cell.ba.mean, cell.floor, why))
+    return out
+
+
+def best(given: Sequence[Dot]) -> list[Dot]:
+    """The Pareto front of what may be compared, by ASR. As in the grid, cells at the floor of their ASR tie, along with
+    whatever is not above the lowest of them: of these the one with the best BA is left.
+    """
+    fit = [dot for dot in given if not dot.hollow]
+    line = min((dot.asr for dot in fit if dot.floor), default=-math.inf)
+    return [fit[i] for i in front([(line if dot.floor else max(dot.asr, line), dot.ba) for dot in fit])]
+
+
 def scatter(rows: Sequence[Row], title: str, cost: bool = False) -> Figure | None:
-    """A panel an attack: ASR against BA with the Pareto front, or, with `cost`, seconds against BA (size: ASR)."""
-    done = [r for r in rows if r.state == "ok" and r.defense != BEFORE and r.ba is not None and r.asr is not None]
-    attacks = list(dict.fromkeys(row.attack for row in done))
-    if not attacks:
+    """`trade_off` of rows. Raises UserError as `grid.build` does."""
+    return trade_off(grid.build(rows), title, cost)
+
+
+def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure | None:
+    """A panel an attack: ASR against BA with the Pareto front, or, with `cost`, seconds against BA (size: ASR).
+
+    Cells that are not ranked are hollow and off the front. None where no cell has what is to be drawn.
+    """
+    from matplotlib.lines import Line2D
+
+    panels = [(block, line, found) for block in blocks for line in block.lines
+              if (found := dots(line, block.columns, cost))]  # fmt: skip
+    if not panels:
         return None
-    defenses = list(dict.fromkeys(row.defense for row in done))
-    across = min(3, len(attacks))
-    made, axes = figure(across, -(-len(attacks) // across))
-    for axis in axes[len(attacks) :]:
+    labels = list(dict.fromkeys(column.label for block in blocks for column in block.columns if not column.before))
+    across = min(3, len(panels))
+    made, axes = figure(across, -(-len(panels) // across))
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    for axis, attack in zip(axes, attacks, strict=False):
-        points = []
-        for defense in defenses:
-            group = [row for row in done if (row.attack, row.defense) == (attack, defense)]
-            asr, ba = (statistics.summary(nested(group, name)) for name in ("asr", "ba"))
-            seconds = statistics.summary(nested(group, "seconds_shared")) if cost else None
-            if asr is None or ba is None or (cost and seconds is None):
-                continue
-            points.append((asr.mean, ba.mean))
-            i = defenses.index(defense)
-            size = 18 + 1.2 * asr.mean if cost else 30
-            axis.scatter([seconds.mean if seconds else asr.mean], [ba.mean], s=size, color=COLOURS[i % len(COLOURS)],
-                         marker=SHAPES[i % len(SHAPES)], label=text(defense, 30), zorder=3)  # fmt: skip
-        best = [points[i] for i in front(points)]
-        if not cost and len(best) > 1:
-            axis.plot([p[0] for p in best], [p[1] for p in best], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
+    for axis, (block, line, found) in zip(axes, panels, strict=False):
+        for dot in found:
+            colour, shape = _look(labels.index(dot.label))
+            axis.scatter([dot.x], [dot.ba], s=18 + 1.2 * dot.asr if cost else 30, edgecolors=colour, marker=shape,
+                         facecolors="none" if dot.hollow else colour, zorder=3)  # fmt: skip
+        ends = best(found)
+        if not cost and len(ends) > 1:
+            axis.plot([d.x for d in ends], [d.ba for d in ends], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
         axis.set_xlabel("seconds a cell, with shared stages" if cost else "ASR in %")
         axis.set_ylabel("BA in %")
-        axis.set_title(text(attack))
-    axes[0].legend(fontsize=7, frameon=False)
-    made.suptitle(text(title, 120) + ("; size: ASR" if cost else "; dashed: Pareto front"), fontsize=10)
+        axis.set_title(text(line.label) + (f"\n{text(block.title, 120)}" if len(blocks) > 1 else ""))
+    every = [dot for _, _, found in panels for dot in found]
+    present = {dot.label for dot in every}
+    entries: dict[str, Artist] = {
+        label: Line2D([], [], color=_look(i)[0], marker=_look(i)[1], markersize=5, linestyle="")
+        for i, label in enumerate(labels)
+        if label in present
+    }
+    for why in dict.fromkeys(dot.hollow for dot in every if dot.hollow):
+        entries[f"hollow: {why}"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle="")
+    tie = ", cells at the floor of ASR tie" if any(dot.floor and not dot.hollow for dot in every) else ""
+    below = "; size: ASR" if cost else f"; dashed: Pareto front{tie}"
+    finish(made, text(title, 120) + below, entries)
     return made
 
 
@@ -220,9 +348,12 @@ def scatter(rows: Sequence[Row], title: str, cost: bool = False) -> Figure | Non
 
 @dataclass(frozen=True)
 class Embedding:
-    """A model's features in the plane. xy: (N, 2); y: (N,) labels, -1 for triggered images; measures as stored."""
+    """A model's features in the plane. xy: (N, 2); y: (N,) labels, -1 for triggered images; measures as stored;
+    seeds: those of victim and defense, in words.
+    """
 
     title: str
+    seeds: str
     xy: NDArray[np.float32]
     y: NDArray[np.int64]
     measures: Mapping[str, Any]
@@ -245,12 +376,12 @@ def tsne(panels: Sequence[Embedding], title: str) -> Figure:
             for name in ("cosine", "silhouette", "probe")
             if (value := panel.measures.get(name)) is not None
         ]
-        axis.set_title(f"{text(panel.title)}\n{', '.join(told)}", fontsize=8)
+        axis.set_title(f"{text(panel.title)}\n{text(panel.seeds)}\n{', '.join(told)}", fontsize=8)
     made.suptitle(text(title, 120) + " (black: triggered)", fontsize=10)
     return made
 
 
 __all__ = [
-    "COLOURS", "Embedding", "Point", "curves", "figure", "front", "render", "save", "scatter", "svg", "swept",
-    "text", "tsne",
+    "COLOURS", "Dot", "Embedding", "Point", "Sweep", "best", "curves", "dots", "drawn", "figure", "front", "render",
+    "save", "scatter", "svg", "sweeps", "text", "trade_off", "tsne",
 ]  # fmt: skip

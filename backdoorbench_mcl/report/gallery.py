@@ -1,4 +1,4 @@
-"""Pictures of stored attacks: one PNG sheet per data set, attack and victim. `sheets` is the one door.
+"""Pictures of stored attacks: a sheet per data set, attack and victim, as PNG and as SVG. `sheets` is the one door.
 
 Rows are test images, the same for all attacks on a data set; columns are the clean image, the triggered one, the
 difference, and for each inverter that a stored defense used the image with the trigger that it found. Nothing is
@@ -7,7 +7,9 @@ computed again: triggered images and triggers are read from the store. Free of t
 
 from __future__ import annotations
 
+import base64
 import functools
+import html
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,9 +79,14 @@ def picture(image: Pixels) -> Image.Image:
 
 def panel(image: Pixels) -> Image.Image:
     """The picture enlarged by a whole factor without smoothing: pixels stay pixels."""
+    height, width = _enlarged(image)
+    return picture(image).resize((width, height), Image.Resampling.NEAREST)
+
+
+def _enlarged(image: Pixels) -> tuple[int, int]:
+    """Height and width of the panel of (C, H, W)."""
     factor = max(1, round(PANEL / max(image.shape[1:])))
-    shown = picture(image)
-    return shown.resize((factor * shown.width, factor * shown.height), Image.Resampling.NEAREST)
+    return factor * image.shape[1], factor * image.shape[2]
 
 
 @dataclass(frozen=True)
@@ -135,37 +142,92 @@ def wrap(text: str, width: float) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def draw(heading: Sequence[str], columns: Sequence[Column], footing: Sequence[str] = ()) -> Image.Image:
-    """The sheet: heading, titles, the grid of panels with their lines, footing."""
-    panels = [[None if entry is None else panel(entry[0]) for entry in column.entries] for column in columns]
-    width, height = (max(getattr(p, side) for ps in panels for p in ps if p) for side in ("width", "height"))
+@dataclass(frozen=True)
+class Sheet:
+    """Where everything lies, in pixels from the upper left corner.
+
+    panels: (left, top, (C, H, W) image), shown as `panel` enlarges it; lines: (left, top, text, colour).
+    """
+
+    width: int
+    height: int
+    panels: Sequence[tuple[int, int, Pixels]]
+    lines: Sequence[tuple[int, int, str, str]]
+
+
+def arrange(heading: Sequence[str], columns: Sequence[Column], footing: Sequence[str] = ()) -> Sheet:
+    """Heading, titles, the grid of panels with their lines, footing."""
+    shown = [entry[0] for column in columns for entry in column.entries if entry]
+    height, width = (max(_enlarged(image)[side] for image in shown) for side in (0, 1))
     width = max(width, PANEL)
     titles = [wrap(column.title, width) for column in columns]
-    lines = [[[] if e is None else [w for t in e[1] for w in wrap(t, width)] for e in c.entries] for c in columns]
+    said = [[[] if e is None else [w for t in e[1] for w in wrap(t, width)] for e in c.entries] for c in columns]
     total = GAP + len(columns) * (width + GAP)
     above = [line for text in heading for line in wrap(text, total - 2 * GAP)]
     below = [line for text in footing for line in wrap(text, total - 2 * GAP)]
-    deep = [max(len(of_column[row]) for of_column in lines) for row in range(len(lines[0]))]
+    deep = [max(len(of_column[row]) for of_column in said) for row in range(len(said[0]))]
     tops = [GAP + LINE * len(above) + GAP + LINE * max(map(len, titles)) + 4]
     for count in deep:
         tops.append(tops[-1] + height + LINE * count + GAP)
-    sheet = Image.new("RGB", (total, tops[-1] + LINE * len(below) + (GAP if below else 0)), PAPER)
-    pen = ImageDraw.Draw(sheet)
+    panels: list[tuple[int, int, Pixels]] = []
+    lines: list[tuple[int, int, str, str]] = []
 
     def write(texts: Sequence[str], left: int, top: int, ink: str) -> None:
-        for i, text in enumerate(texts):
-            pen.text((left, top + LINE * i), text, ink, _font())
+        lines.extend((left, top + LINE * i, text, ink) for i, text in enumerate(texts))
 
     write(above, GAP, GAP, INK)
-    for i, title in enumerate(titles):
+    for i, column in enumerate(columns):
         left = GAP + i * (width + GAP)
-        write(title, left, tops[0] - 4 - LINE * len(title), INK)
-        for row, shown in enumerate(panels[i]):
-            if shown is not None:
-                sheet.paste(shown, (left, tops[row]))
-                write(lines[i][row], left, tops[row] + height + 1, FAINT)
+        write(titles[i], left, tops[0] - 4 - LINE * len(titles[i]), INK)
+        for row, entry in enumerate(column.entries):
+            if entry is not None:
+                panels.append((left, tops[row], entry[0]))
+                write(said[i][row], left, tops[row] + height + 1, FAINT)
     write(below, GAP, tops[-1], FAINT)
-    return sheet
+    return Sheet(total, tops[-1] + LINE * len(below) + (GAP if below else 0), panels, lines)
+
+
+def draw(sheet: Sheet) -> bytes:
+    """The sheet as a PNG file."""
+    drawn = Image.new("RGB", (sheet.width, sheet.height), PAPER)
+    pen = ImageDraw.Draw(drawn)
+    for left, top, image in sheet.panels:
+        drawn.paste(panel(image), (left, top))
+    for left, top, text, ink in sheet.lines:
+        pen.text((left, top), text, ink, _font())
+    return _png(drawn)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def vector(sheet: Sheet) -> bytes:
+    """The sheet as an SVG file: letters that can be searched and enlarged, and images in their own size, which the
+    viewer enlarges without smoothing. Lines are as long as on the PNG, whatever font the viewer has.
+    """
+    size = f'width="{sheet.width}" height="{sheet.height}"'
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {sheet.width} {sheet.height}" '
+        f'font-family="sans-serif" font-size="{SIZE}">',
+        f'<rect {size} fill="{PAPER}"/>',
+    ]
+    for left, top, image in sheet.panels:
+        height, width = _enlarged(image)
+        data = base64.b64encode(_png(picture(image))).decode()
+        out.append(
+            f'<image x="{left}" y="{top}" width="{width}" height="{height}" style="image-rendering: pixelated" '
+            f'href="data:image/png;base64,{data}"/>'
+        )
+    for left, top, text, ink in sheet.lines:
+        if text:
+            out.append(
+                f'<text x="{left}" y="{top + SIZE}" fill="{ink}" textLength="{_font().getlength(text):.1f}" '
+                f'lengthAdjust="spacingAndGlyphs">{html.escape(text)}</text>'
+            )
+    return "\n".join([*out, "</svg>\n"]).encode()
 
 
 # ---------------------------------------------------------------- what the store knows
@@ -264,7 +326,7 @@ def examples(store: Store, cache: Path, row: Row, images: int) -> Examples:
     return Examples(index, [int(y[i]) for i in index], [np.asarray(x[i]) for i in index], triggered, says)
 
 
-def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image.Image:
+def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Sheet:
     """rows: all of one victim."""
     row = rows[0]
     shown = examples(store, cache, row, images)
@@ -292,23 +354,24 @@ def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Image
         f"preset {row.preset}, budget {row.budget}; undefended: ASR {_percent(row.asr_before)}, "
         f"BA {_percent(row.ba_before)}",
     ]
-    return draw(heading, columns, [f"{f.title}: {'; '.join(f.notes)}" for f in found if f.kind is None])
+    return arrange(heading, columns, [f"{f.title}: {'; '.join(f.notes)}" for f in found if f.kind is None])
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
-def file_name(row: Row) -> str:
-    """Safe on every file system, and of its own for every victim: labels may be equal where settings differ."""
-    return files.stem(row.dataset, row.attack, f"seed{row.victim_seed}", row.stages["model"][:8]) + ".png"
+def stem(row: Row) -> str:
+    """Of its own for every victim, since labels may be equal where settings differ."""
+    return files.stem(row.dataset, row.attack, f"seed{row.victim_seed}", row.stages["model"][:8])
 
 
 def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int = 4) -> Iterator[Path | UserError]:
     """Draw one sheet per victim among `rows` of the folder `runs`; an earlier picture of the same name is replaced.
 
-    cache: where prepared data sets lie. Yields the path of each picture, or why there is none. Raises UserError where
-    the rows name no victim at all. Example: `list(sheets(runs, stored_rows(runs), cache_folder(), Path("gallery")))`
+    cache: where prepared data sets lie. Yields the paths of each sheet, PNG and SVG, or why there is none. Raises
+    UserError where the rows name no victim at all.
+    Example: `list(sheets(runs, stored_rows(runs), cache_folder(), Path("gallery")))`
     """
     victims: dict[str, list[Row]] = {}
     for row in rows:
@@ -320,18 +383,19 @@ def sheets(runs: Path, rows: Sequence[Row], cache: Path, out: Path, images: int 
     try:
         out.mkdir(parents=True, exist_ok=True)
         for of_victim in victims.values():
-            drawn = io.BytesIO()
             try:
-                _sheet(store, cache, of_victim, images).save(drawn, "PNG")
+                sheet = _sheet(store, cache, of_victim, images)
+                made = {"png": draw(sheet), "svg": vector(sheet)}
             except UserError as error:
                 yield error
                 continue
-            yield files.write(out / file_name(of_victim[0]), drawn.getvalue())
+            for kind, content in made.items():
+                yield files.write(out / f"{stem(of_victim[0])}.{kind}", content)
     finally:
         store.close()
 
 
 __all__ = [
-    "Column", "Examples", "Found", "choose", "difference", "draw", "examples", "file_name", "panel", "picture",
-    "read_trigger", "sheets", "wrap",
+    "Column", "Examples", "Found", "Sheet", "arrange", "choose", "difference", "draw", "examples", "panel", "picture",
+    "read_trigger", "sheets", "stem", "vector", "wrap",
 ]  # fmt: skip

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,19 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 from ..rows import Row
 from ..store import Store
-from . import figures, grid, inference, notes
+from . import grid, inference, notes
 from .drill import Drill
 from .evidence import Evidence
 from .grid import Block, Cell, Rank, Stat
+from .plots import Plots
 from .sheets import Sheet
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from markupsafe import Markup
-    from matplotlib.figure import Figure
 
 TITLE = "bbmcl report"
-MAX_PLOTTED = 400  # runs of a block: beyond, its plots would be heavier than its numbers
+SIZE, RUN_BYTES = 4_800_000, 2_400  # of a page, and of what each run always takes: words, numbers, buttons
+LEAST = 1_000_000  # bytes of plots, pictures, curves and logs, however many runs there are
+PLOTS = 0.25  # of these: plots
+_NUMBER = re.compile(r"\s*[<>≤≥]?\s*([-+\N{MINUS SIGN}]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)")
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
 
 
@@ -43,18 +45,20 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     sets lie, for test images; below: further tables. Raises UserError where one label stands for two things.
     """
     blocks = grid.build(rows)
-    drill = Drill(store, cache_folder)
+    room = max(LEAST, SIZE - RUN_BYTES * len(rows))
+    drill, plots = Drill(store, cache_folder, (1 - PLOTS) * room), Plots(PLOTS * room)
     evidence = None if store is None else Evidence(store)
-    grids = [_grid(block, drill, evidence) for block in blocks]
+    grids = [_grid(block, drill, plots, evidence) for block in blocks]
+    sweeps = plots.of_sweeps(blocks)
     predictions = None if evidence is None else evidence.predictions
     sheets = [*(inference.sheets(blocks, against, predictions) if blocks else ()), *below]
+    data, lines = drill.data(plots.room)
     script = _asset("page.js")
-    left_out = f"{drill.left_out} pictures left out, to keep the page small." if drill.left_out else ""
     return _template().render(
-        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=_sweeps(blocks),
+        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
         css=_safe(_asset("page.css")),
         script=_safe(script), script_hash=_policy_hash(script),
-        data=_safe(_json(drill.data())), left_out=left_out,
+        data=_safe(_json(data)), left_out=[*plots.left_out(), *lines],
     )  # fmt: skip
 
 
@@ -73,6 +77,7 @@ def _template() -> Template:
 
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.filters["number"] = _sortable
+    found.filters["order"] = _columns
     return found.from_string(_asset("page.html"))
 
 
@@ -90,25 +95,32 @@ def _json(value: Any) -> str:
 
 
 def _sortable(text: str) -> str:
-    """The number at the start of a cell, "" for none."""
-    digits = text.rstrip("".join((notes.FLOOR, notes.ERASED)))
-    try:
-        return str(float(digits))
-    except ValueError:
-        return ""
+    """The number at the start of a cell, "" for none. Example: `_sortable("+1.20 to +3.40")` is "1.2"."""
+    found = _NUMBER.match(text)
+    return str(float(found[1].replace("\N{MINUS SIGN}", "-"))) if found else ""
+
+
+def _columns(sheet: Sheet) -> list[list[str | None]]:
+    """For each cell of a sheet what it is sorted by: a number, "" for none, None for its text.
+
+    Text is the order of the left columns, and of any that holds no number at all, such as verdicts.
+    """
+    numbers = [[_sortable(text) for text in row] for row in sheet.body]
+    by_number = [i >= sheet.left and any(column) for i, column in enumerate(zip(*numbers, strict=True))]
+    return [[value if by_number[i] else None for i, value in enumerate(row)] for row in numbers]
 
 
 # ---------------------------------------------------------------- a grid
 
 
-def _grid(block: Block, drill: Drill, evidence: Evidence | None) -> dict[str, Any]:
+def _grid(block: Block, drill: Drill, plots: Plots, evidence: Evidence | None) -> dict[str, Any]:
     return {
         "title": block.title, "columns": [notes.heading(column) for column in block.columns],
         "lines": [{"label": notes.attack(line), "cells": _cells(line.cells, drill)} for line in block.lines],
         "legend": notes.legend(block, "Bold: best, underlined: second best"), "failures": notes.failures(block),
         "details_head": [*notes.details_head(block), "MB"], "details": _details(block),
         "details_legend": notes.details_legend(block) + " MB: peak memory of a job.",
-        "plots": _plots(block, evidence),
+        "plots": plots.of_block(block, evidence), "left_out": plots.left_out(),
     }  # fmt: skip
 
 
@@ -155,40 +167,4 @@ def _colour(stat: Stat | None, good: float, bad: float) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-# ---------------------------------------------------------------- plots
-
-
-def _sweeps(blocks: Sequence[Block]) -> list[Markup]:
-    """Curves over what varies within a protocol; a clean rate varies between its blocks, which hold one each."""
-    together: dict[str, list[Row]] = {}
-    for block in blocks:
-        together.setdefault(replace(block, clean_rate=None).title, []).extend(block.rows)
-    made = [figures.curves(rows, f"Sweep: {title}") for title, rows in together.items() if len(rows) <= MAX_PLOTTED]
-    return [_inline(one) for one in made if one is not None]
-
-
-def _plots(block: Block, evidence: Evidence | None) -> list[Markup]:
-    rows = block.rows
-    if len(rows) > MAX_PLOTTED:
-        return []
-    made = [
-        figures.scatter(rows, f"ASR and BA: {block.title}"),
-        figures.scatter(rows, f"Cost and BA: {block.title}", cost=True),
-    ]
-    out = [_inline(one) for one in made if one is not None]
-    panels = [panel for row in rows if evidence and "embed" in row.stages and (panel := evidence.embedding(row))]
-    if panels:
-        out.append(_picture(figures.tsne(panels[:12], f"Features: {block.title}"), "t-SNE of features"))
-    return out
-
-
-def _inline(made: Figure) -> Markup:
-    return _safe(figures.svg(made))  # its texts are paths or escaped by matplotlib
-
-
-def _picture(made: Figure, what: str) -> Markup:
-    data = base64.b64encode(figures.render(made, "png", dpi=100)).decode()
-    return _safe(f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">')
-
-
-__all__ = ["MAX_PLOTTED", "TITLE", "page"]
+__all__ = ["TITLE", "page"]

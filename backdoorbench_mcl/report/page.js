@@ -42,7 +42,8 @@ function pictures(run) {
   return box;
 }
 
-function curve(title, points) {
+function curve([title, flat]) {
+  const points = flat.filter((_, i) => i % 2 === 0).map((step, i) => [step, flat[2 * i + 1]]);
   const wide = 360, high = 130, left = 44, svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const add = (tag, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -85,12 +86,14 @@ function show(ids) {
     for (const [name, text] of run.told) { const line = body.insertRow(); line.append(make("th", name, "text"), make("td", text, "wrap")); }
     into.append(table);
     if (run.pictures.length) part(into, "Triggers", pictures(run));
-    for (const [title, points] of run.curves) part(into, title, curve(title, points));
-    if (run.target) part(into, `Clean images of the target class ${row.target}: what the model calls them`, bars(run.target, row.target));
-    if (run.fired) part(into, "Triggered images: what the model calls them", bars(run.fired, row.target));
-    part(into, "Parameters", make("pre", JSON.stringify(data.params[run.params], null, 1)));
+    for (const recorded of run.curves.map((id) => data.curves[id]).filter(Boolean)) part(into, recorded[0], curve(recorded));
+    const confusion = run.confusion === null ? null : data.confusions[run.confusion];
+    if (confusion) part(into, `Clean images of the target class ${row.target}: what the model calls them`, bars(confusion.target, row.target));
+    if (confusion) part(into, "Triggered images: what the model calls them", bars(confusion.fired, row.target));
+    const params = Object.entries(run.params).map(([name, id]) => [name, data.params[id]]);
+    part(into, "Parameters", make("pre", JSON.stringify(Object.fromEntries(params), null, 1)));
     part(into, "Provenance", make("pre", JSON.stringify(data.provenance[run.provenance], null, 1)));
-    if (run.log) part(into, "Log of the failure", make("pre", run.log));
+    if (run.log !== null) part(into, "Log of the failure", make("pre", data.logs[run.log]));
   }
   dialog.showModal();
   dialog.scrollTop = 0;

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made import make
+from shelves import Shelves
 
 from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.report.sheets import Sheet
@@ -42,9 +44,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             make(attack, "before", 99.0, 83.0), make(attack, "ft", 30.0 - 10 * i, 80.0 + i),
             make(attack, "mcldef", 2.0 + i, 81.0 - i, knows=("target",)),
         ]  # fmt: skip
-    rows.append(make("cl", "ft", state="failed", reason=HOSTILE))
+    rows.append(make("cl", "ft", state="failed", reason=HOSTILE, stages={"failed": "defend 9"}))
+    rows[2] = replace(rows[2], target=0, stages={k: f"{k} 0" for k in ("model", "invert", "defend", "predict")})
+    store = Shelves(tmp_path_factory.mktemp("runs"), {"model": 1, "invert": 2, "defend": 1}, 300)
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page(rows, below=[Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,))]))
+    file.write_text(page(rows, store=store, below=[
+        Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,)),
+        Sheet("Spread", ("attack", "ASR"), (("a", "10.00±0.10"), ("b", "–"), ("c", "2.50±1.00"), ("d", "-1")), 1),
+    ]))  # fmt: skip
     driver.get(file.as_uri())
     yield driver
     driver.quit()
@@ -79,6 +86,19 @@ def test_a_column_sorts_by_mouse_and_by_keyboard(browser: Any) -> None:
     assert order(browser) == sorted(order(browser), key=str.lower)
 
 
+def test_a_sheet_sorts_by_numbers(browser: Any) -> None:
+    table = browser.find_element(By.XPATH, "//h2[text()='Spread']/following::table[1]")
+
+    def lines() -> str:
+        return "".join(row.text[0] for row in table.find_elements(By.CSS_SELECTOR, "tbody tr"))
+
+    button = next(b for b in table.find_elements(By.CSS_SELECTOR, "thead button") if b.text.startswith("ASR"))
+    button.click()
+    assert lines() == "dcab"  # as text 10.00 would be before 2.50; what is no number stays below
+    button.send_keys(Keys.ENTER)
+    assert lines() == "acdb"
+
+
 def test_a_cell_opens_and_closes_by_keyboard(browser: Any) -> None:
     cell = browser.find_element(By.CSS_SELECTOR, "td button")
     cell.send_keys(Keys.ENTER)
@@ -91,11 +111,31 @@ def test_a_cell_opens_and_closes_by_keyboard(browser: Any) -> None:
     assert dialog.get_attribute("open") is None
 
 
+def test_a_cell_shows_what_its_stages_left(browser: Any) -> None:
+    cell = browser.find_elements(By.XPATH, "//tr[th='badnets']//td/button")[-1]
+    assert cell.text.startswith("81.00")
+    cell.click()
+    dialog = browser.find_element(By.ID, "cell")
+    titles = [title.text for title in dialog.find_elements(By.TAG_NAME, "h3")]
+    assert titles == [
+        "Triggers", "Training of the victim: curve 0", "Inversion: curve 0", "Inversion: curve 1", "Repair: curve 0",
+        "Clean images of the target class 0: what the model calls them", "Triggered images: what the model calls them",
+        "Parameters", "Provenance",
+    ]  # fmt: skip
+    lines = dialog.find_elements(By.TAG_NAME, "polyline")
+    assert [len(line.get_attribute("points").split()) for line in lines] == [200] * 4
+    assert "steps 0 to 299" in dialog.find_element(By.TAG_NAME, "svg").text
+    assert '"name": "mcldef"' in dialog.text
+    shot(browser, "stages")
+    browser.find_element(By.CSS_SELECTOR, "button.close").click()
+
+
 def test_text_of_others_stays_text(browser: Any) -> None:
     failed = next(b for b in browser.find_elements(By.CSS_SELECTOR, "td button") if b.text == "failed")
     failed.click()
     dialog = browser.find_element(By.ID, "cell")
     assert HOSTILE in dialog.text
+    assert "defend 9" in dialog.text  # the end of the log
     assert not browser.find_elements(By.CSS_SELECTOR, "img[src=x]")
     browser.find_element(By.CSS_SELECTOR, "button.close").click()
 
