@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import params, report, runner
+from .errors import UserError
 from .presets.suite import NAMES, Suite, suite
 from .registry import Wanted, cache_folder
 from .request import NOTHING, Options
@@ -87,7 +88,7 @@ def reproduce(
         found, options = planned(each, base)
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
-        files, problems = _figures(found, options, settings, rows)
+        files, problems = _drawn(found, options, settings, rows)
         sheets = _printed(found, settings, rows)
         text = "" if fmt in ("json", "csv", "html") else _text(found, options, settings, rows, fmt, sheets, color)
         yield Reproduced(found, tuple(rows), text, sheets, files, problems)
@@ -130,6 +131,16 @@ def _text(
     grids = report.render(rows, fmt, color=color, restyle=paper.restyle, below=[*below, *printed])
     title = {"markdown": f"## {found.title}", "latex": f"% {found.title}"}.get(fmt, found.title)
     return f"{title}\n\n{grids}"
+
+
+def _drawn(
+    found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row]
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """As `_figures`. A target that cannot be drawn, as the gallery of victims that all failed, keeps none from running."""
+    try:
+        return _figures(found, options, settings, rows)
+    except UserError as error:
+        return (), (f"{found.name}: {error}",)
 
 
 def _figures(

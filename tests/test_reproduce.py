@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from conftest import Bbmcl
 from made import make
 from PIL import Image
 
-from backdoorbench_mcl import params, plan, remarks, report, reproduce
+from backdoorbench_mcl import params, plan, remarks, report, reproduce, runner
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.presets.suite import NAMES, pinned, suite
 from backdoorbench_mcl.report import figures, paper
+from backdoorbench_mcl.reproduce import Reproduced
 from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row
 
@@ -114,6 +116,32 @@ def test_a_figure_from_end_to_end_and_again_from_the_store(bbmcl: Bbmcl, tmp_pat
     assert again.returncode == 0, again.stderr
     assert "ok," not in again.stderr
     assert drawn.read_bytes() == before
+
+
+@pytest.fixture
+def made_up(
+    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path
+) -> Callable[..., list[Reproduced]]:
+    """Targets on rows that were not computed: `made_up("table1,fig4", {"table1": rows, ...})`, [] for a failed fig5."""
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+
+    def run(name: str, by_target: Mapping[str, list[Row]], fmt: Any = "table", **base: Any) -> list[Reproduced]:
+        order = iter(by_target.values())
+        monkeypatch.setattr(runner, "run_matrix", lambda options, settings, **rest: next(order))
+        stored = [row for rows in by_target.values() for row in rows]
+        monkeypatch.setattr(runner, "stored_rows", lambda runs, keep: list(filter(keep, stored)))
+        options = Options("", "", **{"dataset": "shapes", "model": "", "precision": "fp32", **base})
+        return list(reproduce.reproduce(name, options, runner.Settings(tmp_path / "runs"), fmt))
+
+    return run
+
+
+def test_a_figure_that_cannot_be_drawn_stops_no_other_target(made_up: Callable[..., list[Reproduced]]) -> None:
+    failed = [make("badnets", "before", state="failed", reason="out of memory")]
+    gallery, front = made_up("fig5,table2", {"fig5": failed, "table2": rows()})
+    (problem,) = gallery.problems
+    assert problem.startswith("fig5: no stored victim fits")
+    assert [path.suffix for path in front.files] == [".png", ".svg"] * 2
 
 
 def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tmp_path: Path) -> None:
