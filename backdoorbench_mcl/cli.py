@@ -176,8 +176,7 @@ def reproduce(
     )  # fmt: skip
     settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
     if dry_run:
-        for name in pinned.targets(target):
-            one, options = pinned.planned(name, base)
+        for one, options in pinned.planned(target, base, _say):
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
     status = 0

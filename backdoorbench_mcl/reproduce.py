@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import params, report, runner
 from .errors import UserError
-from .presets.suite import NAMES, Suite, suite
-from .registry import Wanted, cache_folder
-from .request import NOTHING, Options
+from .presets.suite import NAMES, Suite, datasets, on, suite
+from .registry import Registry, Wanted, cache_folder
+from .request import NOTHING, Options, resolve, wanted_by
 from .rows import Row
 from .store import Store
 
@@ -37,41 +39,100 @@ class Reproduced:
 
 def targets(name: str) -> tuple[str, ...]:
     """`all`, or names separated by commas. Raises UserError for one that does not exist, before anything is run."""
-    names = tuple(dict.fromkeys(part.strip() for part in name.split(",") if part.strip()))
+    names = _parts(name)
     found = NAMES if ALL in names else names
     for each in found or ("",):
         suite(each, "", "")
     return found
 
 
-def planned(name: str, base: Options) -> tuple[Suite, Options]:
-    """A target and the options of its run. base: everything but attacks and defenses, which the target names.
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in name.split(",") if part.strip()))
 
-    A `--set` line of the base beats one of the target.
+
+def planned(
+    name: str, base: Options, announce: Callable[[str], None] = lambda line: None
+) -> list[tuple[Suite, Options]]:  # fmt: skip
+    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names.
+
+    A `--set` line of the base beats one of the target. Where there are several targets it holds for those that have a
+    method of its name; the others are announced, as are the targets that `all` leaves out on a data set.
+    Raises UserError for a target that the paper does not have on the data set, and for a line that no target heeds.
     """
+    names = targets(name)
     selection = params.selection(base.dataset)
+    dataset = selection.name.rpartition("/")[2]
+    left_out = [each for each in names if not on(each, dataset)]
+    if left_out and ALL not in _parts(name):
+        has = " or ".join(datasets(left_out[0]))
+        raise UserError(
+            f"reproduce {left_out[0]} --dataset {base.dataset}: the paper has it on {has} only; use that, or shapes "
+            "for a toy run"
+        )
+    if left_out:
+        announce(f"note: the paper has no {', '.join(left_out)} on {dataset}: left out")
     known = runner.registry()
     budget = base.budget or known.describe([Wanted("dataset", selection)])[0].budget
-    found = suite(name, selection.name, budget)
-    overrides = (*found.set, *(line for line in base.overrides if _concerns(line, found)))
-    options = replace(
-        base, attacks=found.attacks, defenses=found.defenses, model=base.model or found.model, budget=budget,
-        overrides=overrides, sweeps=found.sweep, embed=found.kind == "tsne",
-    )  # fmt: skip
-    return found, options
+    found = [suite(each, dataset, budget) for each in names if each not in left_out]
+    bare = [
+        replace(
+            base, attacks=one.attacks, defenses=one.defenses, model=base.model or one.model, budget=budget,
+            overrides=one.set, sweeps=one.sweep, embed=one.kind == "tsne",
+        )
+        for one in found
+    ]  # fmt: skip
+    lines = [tuple(base.overrides)] * len(found)
+    if base.overrides and len(found) > 1:  # alone, a target refuses a line as `matrix` does
+        lines = _shared_out(base.overrides, found, bare, known, announce)
+    return [(one, replace(options, overrides=(*one.set, *own)))
+            for one, options, own in zip(found, bare, lines, strict=True)]  # fmt: skip
 
 
-def _concerns(line: str, found: Suite) -> bool:
-    """Whether a `--set` line may mean something to a target: not if it is of a method that only others have."""
-    name = line.partition("=")[0].rpartition(".")[0]
+def _shared_out(
+    lines: Sequence[str], found: Sequence[Suite], bare: Sequence[Options], known: Registry,
+    announce: Callable[[str], None],
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """Which of the typed `--set` lines hold for each target. Raises UserError for one that holds for none."""
+    params.overrides(list(lines))  # says which one cannot be read
+    heeded, names = [], set()
+    for options in bare:
+        own, has = _heeded(lines, options, known)
+        heeded.append(own)
+        names |= has
+    for line in lines:
+        without = [one.name for one, own in zip(found, heeded, strict=True) if line not in own]
+        if len(without) == len(found):
+            close = difflib.get_close_matches(_method(line), names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"these targets have {', '.join(sorted(names))}"
+            raise UserError(f"--set {line}: nothing selected is called {_method(line)!r}; {hint}")
+        if without:
+            announce(f"note: --set {line} is left out of {', '.join(without)}, without {_method(line)!r}")
+    return heeded
 
-    def methods(attacks: str, defenses: str) -> set[str]:
-        chosen = [params.selection(part) for part in params.split(f"{attacks},{defenses}")]
-        needed = {str(s.params["inverter"]) for s in chosen if "inverter" in s.params}
-        return {s.name for s in chosen} | needed
 
-    elsewhere = set().union(*(methods(s.attacks, s.defenses) for s in (suite(each, "", "") for each in NAMES)))
-    return name not in elsewhere or name in methods(found.attacks, found.defenses)
+def _heeded(lines: Sequence[str], options: Options, known: Registry) -> tuple[tuple[str, ...], set[str]]:
+    """The `--set` lines that mean something in a run, and all names that one could have.
+
+    Level by level of what methods need, for a line about one method may decide which others are needed.
+    """
+    prepare = runner.prepare_data(known, cache_folder())
+    kept: tuple[str, ...] = ()
+    for depth in itertools.count(1):
+        asked = resolve(replace(options, overrides=(*options.overrides, *kept)), known, prepare)
+        names = {asked.train.label, asked.defend.label}
+        level = [asked.dataset, asked.model, *asked.attacks, *asked.defenses]
+        for _ in range(depth):
+            names |= {name for m in level for name in (m.label, m.full_name, m.full_name.rpartition("/")[2])}
+            level = [asked.needed[item] for method in level for item in wanted_by(method)]
+        before, kept = kept, tuple(line for line in lines if _method(line) in names)
+        if not level and kept == before:
+            break
+    return kept, names
+
+
+def _method(line: str) -> str:
+    """Of what a `--set` line speaks. Example: `mcldef` of `mcldef.epochs=3`"""
+    return line.partition("=")[0].rpartition(".")[0]
 
 
 def reproduce(
@@ -80,12 +141,11 @@ def reproduce(
 ) -> Iterator[Reproduced]:  # fmt: skip
     """Run what is missing of each target and say what came of it, one after the other.
 
-    base: as for `planned`, with attacks and defenses "" and model "" for the target's own. Figures go to `figures/` in
+    base: as for `planned`, with attacks and defenses "" and model "" for the targets' own. Figures go to `figures/` in
     the runs folder. Raises UserError as `runner.run_matrix` does.
     Example: `for found in reproduce("table1", Options("", "", "shapes", ""), Settings()): print(found.text)`
     """
-    for each in targets(name):
-        found, options = planned(each, base)
+    for found, options in planned(name, base, announce):
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
         files, problems = _drawn(found, options, settings, rows)
@@ -136,7 +196,7 @@ def _text(
 def _drawn(
     found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row]
 ) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """As `_figures`. A target that cannot be drawn, as the gallery of victims that all failed, keeps none from running."""
+    """As `_figures`; what cannot be drawn, as a gallery of victims that all failed, is a line, not the end of a run."""
     try:
         return _figures(found, options, settings, rows)
     except UserError as error:

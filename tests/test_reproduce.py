@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 
 from backdoorbench_mcl import params, plan, remarks, report, reproduce, runner
 from backdoorbench_mcl.errors import UserError
-from backdoorbench_mcl.presets.suite import NAMES, pinned, suite
+from backdoorbench_mcl.presets.suite import NAMES, datasets, pinned, suite
 from backdoorbench_mcl.report import figures, paper
 from backdoorbench_mcl.reproduce import Reproduced
 from backdoorbench_mcl.request import Options
@@ -34,7 +35,7 @@ TOY = (
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_is_a_plan(name: str, monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    found, options = reproduce.planned(name, Options("", "", "shapes", "", precision="fp32"))
+    ((found, options),) = reproduce.planned(name, Options("", "", "shapes", "", precision="fp32"))
     assert (options.budget, options.model) == ("quick", "wrn-16-1")
     built = plan.build(small.resolve(options))
     kinds = {node.kind for node in built.nodes.values()}
@@ -67,13 +68,92 @@ def test_targets_are_checked_before_anything_is_run() -> None:
         reproduce.targets("")
 
 
-def test_a_set_line_of_a_method_that_only_others_have_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]
-) -> None:
+Toy = Callable[..., Options]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> Toy:
+    """What `reproduce` is given on shapes: `toy("mcldef.epochs=3", dataset="gtsrb")`."""
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    lines = ("sig.delta=30", "mcldef.temperature=0.1", "typo.x=1", "train.lr=0.1")
-    _, options = reproduce.planned("fig4", Options("", "", "shapes", "", overrides=lines))
-    assert options.overrides == lines[1:]
+
+    def options(*lines: str, **base: Any) -> Options:
+        return Options("", "", **{"dataset": "shapes", "model": "", "precision": "fp32", **base}, overrides=lines)
+
+    return options
+
+
+def lines_of(name: str, base: Options, said: list[str]) -> dict[str, list[str]]:
+    """The typed `--set` lines that each target keeps."""
+    return {
+        found.name: [line for line in options.overrides if line in base.overrides]
+        for found, options in reproduce.planned(name, base, said.append)
+    }
+
+
+def test_a_set_line_holds_for_the_targets_that_use_it_and_the_others_are_named(toy: Toy) -> None:
+    lines = ("train.lr=0.1", "mesa.alpha=0.5", "natural.steps=9", "nc-box.steps=9", "sig.delta=30")
+    said: list[str] = []
+    assert lines_of("table2,fig4,fig1", toy(*lines), said) == {
+        "table2": list(lines), "fig4": ["train.lr=0.1", "nc-box.steps=9"],
+        "fig1": ["train.lr=0.1", "natural.steps=9", "sig.delta=30"],
+    }  # fmt: skip
+    assert said == [
+        "note: --set mesa.alpha=0.5 is left out of fig4, fig1, without 'mesa'",
+        "note: --set natural.steps=9 is left out of fig4, without 'natural'",
+        "note: --set nc-box.steps=9 is left out of fig1, without 'nc-box'",
+        "note: --set sig.delta=30 is left out of fig4, without 'sig'",
+    ]
+
+
+def test_a_set_line_may_bring_in_the_method_of_another_one(toy: Toy) -> None:
+    lines = ("mcldef.inverter=pixel", "pixel.steps=9", "nc-box.steps=9")
+    said: list[str] = []
+    assert lines_of("fig10,table1", toy(*lines), said) == {"fig10": list(lines[:2]), "table1": list(lines)}
+    assert said == ["note: --set nc-box.steps=9 is left out of fig10, without 'nc-box'"]
+
+
+@pytest.mark.parametrize("name, line, hint", [
+    ("fig3,fig4", "sig.delta=30", "these targets have .*badnets"), ("fig3,fig4", "mcldeff.epochs=3", "mean 'mcldef'"),
+    ("fig10,fig3", "mcldef+.epochs=3", "mean 'mcldef'"),
+])  # fmt: skip
+def test_a_set_line_that_no_target_uses_is_refused(toy: Toy, name: str, line: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"--set {re.escape(line)}: nothing selected is called '.*'; .*{hint}"):
+        reproduce.planned(name, toy(line))
+
+
+@pytest.mark.parametrize(
+    "line, told", [("mcldef", "expected"), ("sig.deltaa=30", "sig"), ("natural.stepz=9", "natural")]
+)
+def test_a_bad_set_line_is_told_before_anything_is_run(toy: Toy, line: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        reproduce.planned("fig4,fig1", toy(line))
+    assert "nothing selected" not in str(error.value)
+
+
+def test_a_single_target_refuses_a_set_line_as_matrix_does(toy: Toy) -> None:
+    ((_, options),) = reproduce.planned("table1", toy("mesa.alpha=0.5"))
+    with pytest.raises(UserError, match="nothing selected is called 'mesa'"):
+        small.resolve(options)
+
+
+def test_what_the_paper_has_not_on_a_data_set_is_refused_by_name_and_left_out_of_all(toy: Toy) -> None:
+    for dataset, model in (("gtsrb", "wrn-16-1"), ("imagenet20", "resnet18")):
+        said: list[str] = []
+        found = reproduce.planned("all", toy(dataset=dataset), said.append)
+        assert [(one.name, options.attacks, options.model) for one, options in found] == [
+            ("table1", "badnets,trojan,blend", model), ("fig5", "badnets,trojan,blend", model),
+        ]  # fmt: skip
+        assert said == [
+            f"note: the paper has no table2, table4, table5, fig1, fig3, fig4, fig9, fig10 on {dataset}: left out"
+        ]
+    with pytest.raises(
+        UserError, match=r"reproduce table2 --dataset gtsrb: the paper has it on cifar10 only; use that"
+    ):
+        reproduce.planned("table1,table2", toy(dataset="gtsrb"))
+    for dataset in ("shapes", "tiny"):
+        assert [one.name for one, _ in reproduce.planned("all", toy(dataset=dataset))] == list(NAMES)
+    assert datasets("table1") == ("cifar10", "gtsrb", "imagenet20")
+    assert datasets("table5") == ("cifar10",)
 
 
 def rows(sig_mesa: bool = True) -> list[Row]:
@@ -118,25 +198,24 @@ def test_a_figure_from_end_to_end_and_again_from_the_store(bbmcl: Bbmcl, tmp_pat
     assert drawn.read_bytes() == before
 
 
+Made = Callable[..., list[Reproduced]]
+
+
 @pytest.fixture
-def made_up(
-    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path
-) -> Callable[..., list[Reproduced]]:
-    """Targets on rows that were not computed: `made_up("table1,fig4", {"table1": rows, ...})`, [] for a failed fig5."""
-    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+def made_up(monkeypatch: pytest.MonkeyPatch, toy: Toy, tmp_path: Path) -> Made:
+    """Targets on rows that were not computed: `made_up("table1,fig4", {"table1": rows, "fig4": others})`."""
 
     def run(name: str, by_target: Mapping[str, list[Row]], fmt: Any = "table", **base: Any) -> list[Reproduced]:
         order = iter(by_target.values())
         monkeypatch.setattr(runner, "run_matrix", lambda options, settings, **rest: next(order))
         stored = [row for rows in by_target.values() for row in rows]
         monkeypatch.setattr(runner, "stored_rows", lambda runs, keep: list(filter(keep, stored)))
-        options = Options("", "", **{"dataset": "shapes", "model": "", "precision": "fp32", **base})
-        return list(reproduce.reproduce(name, options, runner.Settings(tmp_path / "runs"), fmt))
+        return list(reproduce.reproduce(name, toy(**base), runner.Settings(tmp_path / "runs"), fmt))
 
     return run
 
 
-def test_a_figure_that_cannot_be_drawn_stops_no_other_target(made_up: Callable[..., list[Reproduced]]) -> None:
+def test_a_figure_that_cannot_be_drawn_stops_no_other_target(made_up: Made) -> None:
     failed = [make("badnets", "before", state="failed", reason="out of memory")]
     gallery, front = made_up("fig5,table2", {"fig5": failed, "table2": rows()})
     (problem,) = gallery.problems
