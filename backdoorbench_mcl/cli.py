@@ -186,7 +186,8 @@ def reproduce(
         rows |= {row.key: row for row in found.rows}
         sheets += found.sheets
         if fmt not in ("json", "csv", "html"):
-            print("\n".join([found.text, "", *map(str, found.files)]), flush=True)
+            closing = ["", found.closing] if found.closing else []
+            print("\n".join([found.text, "", *map(str, found.files), *closing]), flush=True)
         for problem in found.problems:
             _say(f"bbmcl: {problem}")
         status |= runner.exit_status(found.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Reproduced:
-    """One target: its rows, what to print, the printed numbers and claims, the figures that were written, what could
-    not be drawn.
+    """One target: its rows, what to print, the printed numbers, the figures that were written, what could not be drawn.
+
+    The last target has the claims of all of them among its sheets, and in `closing` where it is not the only one.
     """
 
     suite: Suite
@@ -35,6 +37,7 @@ class Reproduced:
     sheets: tuple[Sheet, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
+    closing: str = ""
 
 
 def targets(name: str) -> tuple[str, ...]:
@@ -145,13 +148,22 @@ def reproduce(
     the runs folder. Raises UserError as `runner.run_matrix` does.
     Example: `for found in reproduce("table1", Options("", "", "shapes", ""), Settings()): print(found.text)`
     """
-    for found, options in planned(name, base, announce):
+    runs = planned(name, base, announce)
+    printing = fmt not in ("json", "csv", "html")
+    claimed = tuple(dict.fromkeys(claim for found, _ in runs for claim in found.claims))
+    for i, (found, options) in enumerate(runs, 1):
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
         files, problems = _drawn(found, options, settings, rows)
-        sheets = _printed(found, settings, rows)
-        text = "" if fmt in ("json", "csv", "html") else _text(found, options, settings, rows, fmt, sheets, color)
-        yield Reproduced(found, tuple(rows), text, sheets, files, problems)
+        sheets = _printed(found, rows)
+        judged = _judged(claimed, settings, rows) if i == len(runs) else ()  # a claim may rest on any of the targets
+        closing = text = ""
+        if printing:
+            within = sheets if len(runs) > 1 else (*sheets, *judged)
+            text = _text(found, options, settings, rows, fmt, within, color)
+        if printing and judged and len(runs) > 1:
+            closing = _titled(", ".join(one.name for one, _ in runs), fmt, _alone(judged, fmt))
+        yield Reproduced(found, tuple(rows), text, (*sheets, *judged), files, problems, closing)
 
 
 def stem(name: str) -> str:
@@ -159,17 +171,21 @@ def stem(name: str) -> str:
     return "-".join(targets(name)) if name != ALL else ALL
 
 
-def _printed(found: Suite, settings: runner.Settings, rows: Sequence[Row]) -> tuple[Sheet, ...]:
-    """The printed numbers and the claims that a target bears on."""
-    from .report import claims, paper
+def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
+    """Ours beside the printed numbers."""
+    from .report import paper
 
-    out = []
-    if found.table is not None:
-        out += paper.sheets(rows, found.table)
-    if found.claims:  # a claim may rest on several targets: whatever of the same protocol is stored counts
-        same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
-        out.append(claims.sheet(same, found.claims))
-    return tuple(out)
+    return () if found.table is None else tuple(paper.sheets(rows, found.table))
+
+
+def _judged(claimed: Sequence[str], settings: runner.Settings, rows: Sequence[Row]) -> tuple[Sheet, ...]:
+    """The claims, judged on whatever is stored of the protocol of `rows`."""
+    from .report import claims
+
+    if not claimed:
+        return ()
+    same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
+    return (claims.sheet(same, claimed),)
 
 
 def _text(
@@ -189,8 +205,22 @@ def _text(
         finally:
             store.close()
     grids = report.render(rows, fmt, color=color, restyle=paper.restyle, below=[*below, *printed])
-    title = {"markdown": f"## {found.title}", "latex": f"% {found.title}"}.get(fmt, found.title)
-    return f"{title}\n\n{grids}"
+    return _titled(found.title, fmt, grids)
+
+
+def _titled(title: str, fmt: str, text: str) -> str:
+    return {"markdown": f"## {title}", "latex": f"% {title}"}.get(fmt, title) + f"\n\n{text}"
+
+
+def _alone(printed: Sequence[Sheet], fmt: str) -> str:
+    """Sheets that stand below no grid."""
+    from .report import sheets
+
+    if fmt == "markdown":
+        return sheets.as_markdown(printed)
+    if fmt == "latex":
+        return sheets.as_latex(printed)
+    return sheets.as_text(printed, shutil.get_terminal_size((80, 24)).columns)
 
 
 def _drawn(

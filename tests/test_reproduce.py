@@ -13,8 +13,9 @@ import small
 from conftest import Bbmcl
 from made import make
 from PIL import Image
+from typer.testing import CliRunner
 
-from backdoorbench_mcl import params, plan, remarks, report, reproduce, runner
+from backdoorbench_mcl import cli, params, plan, remarks, report, reproduce, runner
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.presets.suite import NAMES, datasets, pinned, suite
 from backdoorbench_mcl.report import figures, paper
@@ -221,6 +222,51 @@ def test_a_figure_that_cannot_be_drawn_stops_no_other_target(made_up: Made) -> N
     (problem,) = gallery.problems
     assert problem.startswith("fig5: no stored victim fits")
     assert [path.suffix for path in front.files] == [".png", ".svg"] * 2
+
+
+def claims_of(found: Reproduced) -> list[str]:
+    """The claims among the sheets of a target."""
+    return [line[0] for sheet in found.sheets if sheet.title == "Claims" for line in sheet.body]
+
+
+@pytest.mark.parametrize("fmt, heading", [
+    ("table", "fig4, table1\n\nClaims\n"), ("markdown", "## fig4, table1\n\n**Claims**"),
+    ("latex", "% fig4, table1\n\n\\begin{table}"),
+])  # fmt: skip
+def test_claims_are_judged_once_when_all_targets_have_run(made_up: Made, fmt: str, heading: str) -> None:
+    first, last = made_up("fig4,table1", {"fig4": sweep(), "table1": rows()}, fmt)
+    assert claims_of(first) == []
+    assert claims_of(last) == ["C1", "C2", "C3", "C7", "C8", "C10"]
+    assert "Claims" not in first.text + first.closing + last.text
+    assert last.closing.startswith(heading)
+    assert "only NC and MCLDef cut ASR" in last.closing
+
+
+@pytest.mark.parametrize("fmt", ["table", "html"])
+def test_the_command_shows_the_claims_once(
+    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path, fmt: str
+) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+    computed = {"fig4": sweep(), "fig9": [row for row in rows() if row.attack == "sig"]}
+    monkeypatch.setattr(runner, "stored_rows", lambda runs, keep: [*computed["fig4"], *computed["fig9"]])
+    order = iter(computed.values())
+    monkeypatch.setattr(runner, "run_matrix", lambda options, settings, **rest: next(order))
+    runs = ("--runs", str(tmp_path / "runs"), "--format", fmt)
+    done = CliRunner().invoke(cli.app, ["reproduce", "fig4,fig9", "--dataset", "shapes", "--precision", "fp32", *runs])
+    assert done.exit_code == 0, done.output
+    text = done.stdout if fmt == "table" else (tmp_path / "runs" / "reproduce-fig4-fig9.html").read_text()
+    assert text.count("Claims") == 1
+
+
+def test_the_claims_of_a_single_target_stand_with_it(made_up: Made) -> None:
+    (found,) = made_up("fig4", {"fig4": sweep()})
+    assert claims_of(found) == ["C7", "C8"]
+    assert "\nClaims\n" in found.text
+    assert found.closing == ""
+    (found,) = made_up("fig4", {"fig4": sweep()}, "html")
+    assert (claims_of(found), found.text, found.closing) == (["C7", "C8"], "", "")
+    first, last = made_up("fig3,fig5", {"fig3": rows(), "fig5": rows()})  # neither bears on a claim
+    assert (first.closing, last.closing, claims_of(last)) == ("", "", [])
 
 
 def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tmp_path: Path) -> None:
