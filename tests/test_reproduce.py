@@ -23,6 +23,7 @@ from backdoorbench_mcl.reproduce import Reproduced
 from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row
 
+CONTROL = "mcldef+(stage=contrast)"  # the steps of mcldef+ on the loss of mcldef (spec 7)
 GOLDEN = Path(__file__).parent / "golden"
 TOY = (
     "--dataset", "tiny", "--model", "tiny-net", "--budget", "quick", "--precision", "fp32", "--runs", "runs",
@@ -57,7 +58,7 @@ def test_the_paper_s_data_sets_have_their_attacks_and_networks() -> None:
         for part in params.split(found.attacks):
             assert part in paper.ATTACKS
         for part in params.split(found.defenses):
-            assert part == "none" or part in paper.DEFENSES
+            assert part in ("none", CONTROL) or part in paper.DEFENSES
 
 
 def test_targets_are_checked_before_anything_is_run() -> None:
@@ -81,6 +82,18 @@ def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> Toy:
         return Options("", "", **{"dataset": "shapes", "model": "", "precision": "fp32", **base}, overrides=lines)
 
     return options
+
+
+def test_the_sweeps_hold_the_control_that_tells_the_loss_of_mcldef_plus_from_its_steps(toy: Toy) -> None:
+    for name in ("fig4", "fig9"):
+        ((found, options),) = reproduce.planned(name, toy())
+        assert "C8" in found.claims
+        built = small.build(options)
+        much = {cell.row.defense: cell for cell in built.cells if cell.row.clean_rate == 0.2}
+        plus, control = (built.nodes[much[label].own[0]] for label in ("mcldef+", CONTROL))
+        assert plus.inputs == control.inputs  # the same purified model, the same trigger
+        params_of = [node.methods["defense"].params for node in (plus, control)]
+        assert {name for name in params_of[0] if params_of[0][name] != params_of[1][name]} == {"stage"}
 
 
 def lines_of(name: str, base: Options, said: list[str]) -> dict[str, list[str]]:
