@@ -151,12 +151,15 @@ def reproduce(
     runs = planned(name, base, announce)
     printing = fmt not in ("json", "csv", "html")
     claimed = tuple(dict.fromkeys(claim for found, _ in runs for claim in found.claims))
+    own: dict[str, Row] = {}
     for i, (found, options) in enumerate(runs, 1):
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
+        own |= {row.key: row for row in rows}
         files, problems = _drawn(found, options, settings, rows)
         sheets = _printed(found, rows)
-        judged = _judged(claimed, settings, rows) if i == len(runs) else ()  # a claim may rest on any of the targets
+        last = i == len(runs)
+        judged = _judged(claimed, settings, list(own.values())) if last else ()  # a claim may rest on several targets
         closing = text = ""
         if printing:
             within = sheets if len(runs) > 1 else (*sheets, *judged)
@@ -178,13 +181,13 @@ def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
     return () if found.table is None else tuple(paper.sheets(rows, found.table))
 
 
-def _judged(claimed: Sequence[str], settings: runner.Settings, rows: Sequence[Row]) -> tuple[Sheet, ...]:
-    """The claims, judged on whatever is stored of the protocol of `rows`."""
+def _judged(claimed: Sequence[str], settings: runner.Settings, own: Sequence[Row]) -> tuple[Sheet, ...]:
+    """The claims, judged on whatever is stored of the protocol of a run, whose rows are `own`."""
     from .report import claims
 
     if not claimed:
         return ()
-    same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (rows[0].budget, rows[0].preset))
+    same = runner.stored_rows(settings.runs, lambda r: (r.budget, r.preset) == (own[0].budget, own[0].preset))
     return (claims.sheet(same, claimed),)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import small
 from conftest import Bbmcl
-from made import make
+from made import computed, make, reproduced
 from PIL import Image
 from typer.testing import CliRunner
 
-from backdoorbench_mcl import cli, params, plan, remarks, report, reproduce, runner
+from backdoorbench_mcl import cli, params, plan, remarks, report, reproduce
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.presets.suite import NAMES, datasets, pinned, suite
 from backdoorbench_mcl.report import figures, paper
@@ -29,7 +29,7 @@ TOY = (
     "--dataset", "tiny", "--model", "tiny-net", "--budget", "quick", "--precision", "fp32", "--runs", "runs",
     *(part for line in (
         "train.steps=120", "defend.steps=6", "nc-box.steps=10", "badnets.target=1", "badnets.rate=0.2", "cl.target=1",
-        "cl.surrogate=natural", "natural.steps=20", "trojan.target=1",
+        "cl.surrogate=natural", "natural.steps=20",
     ) for part in ("--set", line)),
 )  # fmt: skip
 
@@ -212,26 +212,9 @@ def test_a_figure_from_end_to_end_and_again_from_the_store(bbmcl: Bbmcl, tmp_pat
     assert drawn.read_bytes() == before
 
 
-Made = Callable[..., list[Reproduced]]
-
-
-@pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch, toy: Toy, tmp_path: Path) -> Made:
-    """Targets on rows that were not computed: `made_up("table1,fig4", {"table1": rows, "fig4": others})`."""
-
-    def run(name: str, by_target: Mapping[str, list[Row]], fmt: Any = "table", **base: Any) -> list[Reproduced]:
-        order = iter(by_target.values())
-        monkeypatch.setattr(runner, "run_matrix", lambda options, settings, **rest: next(order))
-        stored = [row for rows in by_target.values() for row in rows]
-        monkeypatch.setattr(runner, "stored_rows", lambda runs, keep: list(filter(keep, stored)))
-        return list(reproduce.reproduce(name, toy(**base), runner.Settings(tmp_path / "runs"), fmt))
-
-    return run
-
-
-def test_a_figure_that_cannot_be_drawn_stops_no_other_target(made_up: Made) -> None:
+def test_a_figure_that_cannot_be_drawn_stops_no_other_target(tmp_path: Path) -> None:
     failed = [make("badnets", "before", state="failed", reason="out of memory")]
-    gallery, front = made_up("fig5,table2", {"fig5": failed, "table2": rows()})
+    gallery, front = reproduced(tmp_path, {"fig5": failed, "table2": rows()})
     (problem,) = gallery.problems
     assert problem.startswith("fig5: no stored victim fits")
     assert [path.suffix for path in front.files] == [".png", ".svg"] * 2
@@ -246,8 +229,8 @@ def claims_of(found: Reproduced) -> list[str]:
     ("table", "fig4, table1\n\nClaims\n"), ("markdown", "## fig4, table1\n\n**Claims**"),
     ("latex", "% fig4, table1\n\n\\begin{table}"),
 ])  # fmt: skip
-def test_claims_are_judged_once_when_all_targets_have_run(made_up: Made, fmt: str, heading: str) -> None:
-    first, last = made_up("fig4,table1", {"fig4": sweep(), "table1": rows()}, fmt)
+def test_claims_are_judged_once_when_all_targets_have_run(tmp_path: Path, fmt: str, heading: str) -> None:
+    first, last = reproduced(tmp_path, {"fig4": sweep(), "table1": rows()}, fmt)
     assert claims_of(first) == []
     assert claims_of(last) == ["C1", "C2", "C3", "C7", "C8", "C10"]
     assert "Claims" not in first.text + first.closing + last.text
@@ -256,29 +239,23 @@ def test_claims_are_judged_once_when_all_targets_have_run(made_up: Made, fmt: st
 
 
 @pytest.mark.parametrize("fmt", ["table", "html"])
-def test_the_command_shows_the_claims_once(
-    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path, fmt: str
-) -> None:
-    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    computed = {"fig4": sweep(), "fig9": [row for row in rows() if row.attack == "sig"]}
-    monkeypatch.setattr(runner, "stored_rows", lambda runs, keep: [*computed["fig4"], *computed["fig9"]])
-    order = iter(computed.values())
-    monkeypatch.setattr(runner, "run_matrix", lambda options, settings, **rest: next(order))
-    runs = ("--runs", str(tmp_path / "runs"), "--format", fmt)
-    done = CliRunner().invoke(cli.app, ["reproduce", "fig4,fig9", "--dataset", "shapes", "--precision", "fp32", *runs])
+def test_the_command_shows_the_claims_once(tmp_path: Path, fmt: str) -> None:
+    runs = ("--runs", str(tmp_path), "--budget", "full", "--precision", "fp32", "--format", fmt)
+    with computed({"fig4": sweep(), "fig9": [row for row in rows() if row.attack == "sig"]}):
+        done = CliRunner().invoke(cli.app, ["reproduce", "fig4,fig9", *runs])
     assert done.exit_code == 0, done.output
-    text = done.stdout if fmt == "table" else (tmp_path / "runs" / "reproduce-fig4-fig9.html").read_text()
+    text = done.stdout if fmt == "table" else (tmp_path / "reproduce-fig4-fig9.html").read_text()
     assert text.count("Claims") == 1
 
 
-def test_the_claims_of_a_single_target_stand_with_it(made_up: Made) -> None:
-    (found,) = made_up("fig4", {"fig4": sweep()})
+def test_the_claims_of_a_single_target_stand_with_it(tmp_path: Path) -> None:
+    (found,) = reproduced(tmp_path, {"fig4": sweep()})
     assert claims_of(found) == ["C7", "C8"]
     assert "\nClaims\n" in found.text
     assert found.closing == ""
-    (found,) = made_up("fig4", {"fig4": sweep()}, "html")
+    (found,) = reproduced(tmp_path, {"fig4": sweep()}, "html")
     assert (claims_of(found), found.text, found.closing) == (["C7", "C8"], "", "")
-    first, last = made_up("fig3,fig5", {"fig3": rows(), "fig5": rows()})  # neither bears on a claim
+    first, last = reproduced(tmp_path, {"fig3": rows(), "fig5": rows()})  # neither bears on a claim
     assert (first.closing, last.closing, claims_of(last)) == ("", "", [])
 
 
