@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +278,24 @@ def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tm
     assert bbmcl(*command, "--retune", "12").stderr.count("re-tune") == 0
     more = bbmcl(*command, "--retune", "20")
     assert "after 10 steps on 20 triggered images" in " ".join(more.stdout.split())  # not what is stored of the 12
+
+
+def test_re_tuning_has_a_clean_model_to_compare_with(bbmcl: Bbmcl) -> None:
+    command = (*small.command("badnets", "ft"), "--runs", "runs", "--clean-model", "--set", "none.target=1")
+    done = bbmcl(*command, "--retune", "12", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    found = {(row["attack"], row["defense"]): row for row in json.loads(done.stdout)}
+    before = found.pop(("badnets", "before"))
+    assert before["retuned_clean_images"] == 12
+    assert before["retuned_asr"] is None  # the victim has the backdoor as it is
+    assert 0 <= before["retuned_clean_asr"] <= 100
+    assert 0 <= before["retuned_clean_ba"] <= 100
+    assert found["badnets", "ft"]["retuned_asr"] is not None
+    assert all(row["retuned_clean_asr"] is None for row in found.values())
+    assert done.stderr.count("re-tune none on badnets 0: ok") == 1
+    assert done.stderr.count("none victim 0: ok") == 1  # the clean model of the table
+    alone = bbmcl(*small.command("badnets", "ft"), "--runs", "runs", "--retune", "12", "--format", "json")
+    assert json.loads(alone.stdout)[0]["retuned_clean_asr"] == before["retuned_clean_asr"]  # kept
 
 
 def test_one_stage_beside_the_score_does_not_cost_another() -> None:
