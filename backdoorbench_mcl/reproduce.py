@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import params, report, runner
 from .errors import UserError
 from .presets.suite import NAMES, Suite, datasets, on, suite
-from .registry import Registry, Wanted, cache_folder
+from .registry import Described, Registry, Wanted, cache_folder
 from .request import NOTHING, Options, resolve, wanted_by
 from .rows import Row
 from .store import Store
@@ -106,7 +106,11 @@ def _shared_out(
         without = [one.name for one, own in zip(found, heeded, strict=True) if line not in own]
         if len(without) == len(found):
             close = difflib.get_close_matches(_method(line), names, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"these targets have {', '.join(sorted(names))}"
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"these targets have {', '.join(sorted(n for n in names if '/' not in n))}"
+            )
             raise UserError(f"--set {line}: nothing selected is called {_method(line)!r}; {hint}")
         if without:
             announce(f"note: --set {line} is left out of {', '.join(without)}, without {_method(line)!r}")
@@ -122,15 +126,20 @@ def _heeded(lines: Sequence[str], options: Options, known: Registry) -> tuple[tu
     kept: tuple[str, ...] = ()
     for depth in itertools.count(1):
         asked = resolve(replace(options, overrides=(*options.overrides, *kept)), known, prepare)
-        names = {asked.train.label, asked.defend.label}
-        level = [asked.dataset, asked.model, *asked.attacks, *asked.defenses]
+        names: set[str] = set()
+        level = [asked.train, asked.defend, asked.dataset, asked.model, *asked.attacks, *asked.defenses]
         for _ in range(depth):
-            names |= {name for m in level for name in (m.label, m.full_name, m.full_name.rpartition("/")[2])}
+            names |= {name for m in level for name in _names(m)}
             level = [asked.needed[item] for method in level for item in wanted_by(method)]
         before, kept = kept, tuple(line for line in lines if _method(line) in names)
         if not level and kept == before:
             break
     return kept, names
+
+
+def _names(method: Described) -> tuple[str, ...]:
+    """What a `--set` line may call a method. All recipes are of one class: they go by their labels."""
+    return (method.label,) if method.kind == "recipe" else (method.full_name, method.full_name.rpartition("/")[2])
 
 
 def _method(line: str) -> str:

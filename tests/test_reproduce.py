@@ -128,7 +128,8 @@ def test_a_set_line_may_bring_in_the_method_of_another_one(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("name, line, hint", [
-    ("fig3,fig4", "sig.delta=30", "these targets have .*badnets"), ("fig3,fig4", "mcldeff.epochs=3", "mean 'mcldef'"),
+    ("fig1,fig3", "mesa.alpha=1", "these targets have badnets, blend, cl, defend, mcldef, nad, natural, nc, nc-box, "
+     "shapes, sig, train, trojan, wrn$"), ("fig3,fig4", "mcldeff.epochs=3", "mean 'mcldef'"),
     ("fig10,fig3", "mcldef+.epochs=3", "mean 'mcldef'"),
 ])  # fmt: skip
 def test_a_set_line_that_no_target_uses_is_refused(toy: Toy, name: str, line: str, hint: str) -> None:
