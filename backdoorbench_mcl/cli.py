@@ -176,8 +176,7 @@ def reproduce(
     )  # fmt: skip
     settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
     if dry_run:
-        for name in pinned.targets(target):
-            one, options = pinned.planned(name, base)
+        for one, options in pinned.planned(target, base, _say):
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
     status = 0
@@ -187,7 +186,8 @@ def reproduce(
         rows |= {row.key: row for row in found.rows}
         sheets += found.sheets
         if fmt not in ("json", "csv", "html"):
-            print("\n".join([found.text, "", *map(str, found.files)]), flush=True)
+            closing = ["", found.closing] if found.closing else []
+            print("\n".join([found.text, "", *map(str, found.files), *closing]), flush=True)
         for problem in found.problems:
             _say(f"bbmcl: {problem}")
         status |= runner.exit_status(found.rows)

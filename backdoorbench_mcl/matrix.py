@@ -427,8 +427,8 @@ class Matrix:
             elif meta:
                 extra["verdict"] = remarks.verdict(meta)
         extras = {name: key for name, key in cell.extras.items() if self._stage(key) is not None}
-        if "retuned" in extras:
-            extra.update(self._retuned(extras["retuned"]))
+        for name in {"retuned", "retuned_clean"} & set(extras):
+            extra.update(self._retuned(name, extras[name]))
         worker = own[0] if own else judged
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         return dataclasses.replace(
@@ -443,14 +443,14 @@ class Matrix:
                     "before": cell.before, "predict": judged.key, **extras},
         )  # fmt: skip
 
-    def _retuned(self, key: str) -> dict[str, Any]:
+    def _retuned(self, name: str, key: str) -> dict[str, Any]:
         try:
             found = load_file(self._open(key) / "predictions.safetensors")
             used = artefacts.read_meta(self._open(self.plan.nodes[key].inputs["weights"]))["used"]
         except Damaged as damage:
             self.display.note(f"what is stored of a re-tuned model is damaged and left out ({damage})")
             return {}
-        return remarks.retuned(found, used)
+        return remarks.retuned(name, found, used)
 
     def _overlap(self, cell: Cell) -> int | None:
         """How many clean images are copies of poisoned ones (spec 2.5), None for the undefended victim."""

@@ -316,14 +316,19 @@ class Builder:
         names = {name for m in methods for name in (m.label, m.full_name, m.full_name.rpartition("/")[2])}
         return tuple(line for line in self.request.overrides if line.partition("=")[0].rpartition(".")[0] in names)
 
-    def retuned(self, weights: str, facing: Undefended, what: str, case: Case) -> str:
-        """The judgement of a model after a few steps on triggered images (spec 12.3, item 9)."""
+    def retuned(self, weights: str, facing: Undefended, what: str, seed: int, case: Case | None = None) -> str:
+        """The judgement of a model after a few steps on triggered images (spec 12.3, item 9). case: of a repaired one;
+        a clean one learns the trigger whatever became of the attack.
+        """
         spec = {"weights": weights, "trial": facing.trial, "images": self.request.retune, "version": 1,
                 "precision": self.request.precision}  # fmt: skip
         inputs = {"weights": weights, "trial": facing.trial}
         methods = {"model": self.request.model}
-        tuned = self.node("retune", f"re-tune {what}", spec, inputs=inputs, methods=methods, **case.fields)
-        return self.predict(tuned, facing.trial, f"judge re-tuned {what}", case.seed, facing.before)
+        fields = {"victim_seed": seed} if case is None else case.fields
+        tuned = self.node("retune", f"re-tune {what}", spec, inputs=inputs, methods=methods, **fields)
+        return self.predict(
+            tuned, facing.trial, f"judge re-tuned {what}", seed, None if case is None else facing.before
+        )
 
     def embed(self, weights: str, facing: Undefended, what: str, seed: int) -> str:
         """The features of a model on clean and triggered test images, laid out in the plane (spec 10)."""
@@ -360,14 +365,19 @@ class Builder:
             after = self.predict(repaired, facing.trial, title, seed, facing.before)
             own, shared = (repaired,), tuple(self.behind(repaired))
             what = f"{defense.label} on {case.name}{self.at(case)}"
-            if self.request.retune and attack.full_name.rpartition("/")[2] != CONTROL:
-                extras["retuned"] = self.retuned(repaired, facing, what, case)
+            if self.request.retune and not is_control(attack):
+                extras["retuned"] = self.retuned(repaired, facing, what, seed, case)
             if self.request.embed:
                 extras["embed"] = self.embed(repaired, facing, what, seed)
             inputs = self.plan.nodes[repaired].inputs
             triggers = [inputs[NEED + name] for name, need in defense.needs.items() if need["kind"] == "trigger"]
-        elif defense is None and self.request.embed:
-            extras["embed"] = self.embed(facing.victim, facing, f"{attack.label} {seed}", seed)
+        elif defense is None:
+            if self.request.embed:
+                extras["embed"] = self.embed(facing.victim, facing, f"{attack.label} {seed}", seed)
+            clean = next((other for other in self.request.attacks if is_control(other)), None)
+            if self.request.retune and clean is not None and not is_control(attack):
+                what = f"{clean.label} on {attack.label} {seed}"
+                extras["retuned_clean"] = self.retuned(self.train(clean, seed), facing, what, seed)
         spec = {"row": [facing.before, after], "evaluator": evaluate.EVALUATOR_VERSION}
         if undefined and defense is not None:
             needs = [other.identity for other in self.methods_behind(defense)]
@@ -381,6 +391,11 @@ class Builder:
         self.plan.cells.append(
             Cell(row, facing.victim, facing.before, after, own, shared, surrogates, trigger, undefined, extras)
         )
+
+
+def is_control(attack: Described) -> bool:
+    """Whether an attack is none: its victims are clean models."""
+    return attack.full_name.rpartition("/")[2] == CONTROL
 
 
 def build(request: Request) -> Plan:

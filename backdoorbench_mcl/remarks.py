@@ -13,8 +13,9 @@ from . import evaluate
 from .rows import Row
 
 QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
+_RETUNED = ("images", "asr", "ftr", "ba")
 EXTRAS: Mapping[str, tuple[str, ...]] = {  # stages beside the score, and the fields of a row that come from them
-    "retuned": ("retuned_images", "retuned_asr", "retuned_ftr", "retuned_ba"), "embed": (),
+    **{name: tuple(f"{name}_{field}" for field in _RETUNED) for name in ("retuned", "retuned_clean")}, "embed": (),
 }  # fmt: skip
 
 
@@ -48,14 +49,14 @@ def surrogates(metas: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(told)
 
 
-def retuned(predictions: Mapping[str, NDArray[Any]], used: Sequence[int]) -> dict[str, Any]:
+def retuned(name: str, predictions: Mapping[str, NDArray[Any]], used: Sequence[int]) -> dict[str, Any]:
     """Fields of a row from the stored predictions (N,) of a re-tuned model, on the test images that its few steps did
-    not see. used: the positions of those that they saw.
+    not see. name: of the stage in `EXTRAS`; used: the positions of the images that the steps saw.
     """
     left = {name: np.delete(values, used) for name, values in predictions.items()}
     counted = left["counted"].astype(bool)
     measured = evaluate.measure(left["clean"], left["triggered"], left["y"], left["goal"], counted)
-    return {"retuned_images": len(used), **{f"retuned_{name}": measured[name] for name in ("asr", "ftr", "ba")}}
+    return dict(zip(EXTRAS[name], (len(used), *(measured[field] for field in _RETUNED[1:])), strict=True))
 
 
 def lacking(stored: Row, asked: Mapping[str, str]) -> bool:

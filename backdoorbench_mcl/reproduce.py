@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import params, report, runner
-from .presets.suite import NAMES, Suite, suite
-from .registry import Wanted, cache_folder
-from .request import NOTHING, Options
+from .errors import UserError
+from .presets.suite import NAMES, Suite, datasets, on, suite
+from .registry import Described, Registry, Wanted, cache_folder
+from .request import NOTHING, Options, resolve, wanted_by
 from .rows import Row
 from .store import Store
 
@@ -22,8 +26,9 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Reproduced:
-    """One target: its rows, what to print, the printed numbers and claims, the figures that were written, what could
-    not be drawn.
+    """One target: its rows, what to print, the printed numbers, the figures that were written, what could not be drawn.
+
+    The last target has the claims of all of them among its sheets, and in `closing` where it is not the only one.
     """
 
     suite: Suite
@@ -32,45 +37,114 @@ class Reproduced:
     sheets: tuple[Sheet, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
+    closing: str = ""
 
 
 def targets(name: str) -> tuple[str, ...]:
     """`all`, or names separated by commas. Raises UserError for one that does not exist, before anything is run."""
-    names = tuple(dict.fromkeys(part.strip() for part in name.split(",") if part.strip()))
+    names = _parts(name)
     found = NAMES if ALL in names else names
     for each in found or ("",):
         suite(each, "", "")
     return found
 
 
-def planned(name: str, base: Options) -> tuple[Suite, Options]:
-    """A target and the options of its run. base: everything but attacks and defenses, which the target names.
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in name.split(",") if part.strip()))
 
-    A `--set` line of the base beats one of the target.
+
+def planned(
+    name: str, base: Options, announce: Callable[[str], None] = lambda line: None
+) -> list[tuple[Suite, Options]]:  # fmt: skip
+    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names.
+
+    A `--set` line of the base beats one of the target. Where there are several targets it holds for those that have a
+    method of its name; the others are announced, as are the targets that `all` leaves out on a data set.
+    Raises UserError for a target that the paper does not have on the data set, and for a line that no target heeds.
     """
+    names = targets(name)
     selection = params.selection(base.dataset)
+    dataset = selection.name.rpartition("/")[2]
+    left_out = [each for each in names if not on(each, dataset)]
+    if left_out and ALL not in _parts(name):
+        has = " or ".join(datasets(left_out[0]))
+        raise UserError(
+            f"reproduce {left_out[0]} --dataset {base.dataset}: the paper has it on {has} only; use that, or shapes "
+            "for a toy run"
+        )
+    if left_out:
+        announce(f"note: the paper has no {', '.join(left_out)} on {dataset}: left out")
     known = runner.registry()
     budget = base.budget or known.describe([Wanted("dataset", selection)])[0].budget
-    found = suite(name, selection.name, budget)
-    overrides = (*found.set, *(line for line in base.overrides if _concerns(line, found)))
-    options = replace(
-        base, attacks=found.attacks, defenses=found.defenses, model=base.model or found.model, budget=budget,
-        overrides=overrides, sweeps=found.sweep, embed=found.kind == "tsne",
-    )  # fmt: skip
-    return found, options
+    found = [suite(each, dataset, budget) for each in names if each not in left_out]
+    bare = [
+        replace(
+            base, attacks=one.attacks, defenses=one.defenses, model=base.model or one.model, budget=budget,
+            overrides=one.set, sweeps=one.sweep, embed=one.kind == "tsne",
+        )
+        for one in found
+    ]  # fmt: skip
+    lines = [tuple(base.overrides)] * len(found)
+    if base.overrides and len(found) > 1:  # alone, a target refuses a line as `matrix` does
+        lines = _shared_out(base.overrides, found, bare, known, announce)
+    return [(one, replace(options, overrides=(*one.set, *own)))
+            for one, options, own in zip(found, bare, lines, strict=True)]  # fmt: skip
 
 
-def _concerns(line: str, found: Suite) -> bool:
-    """Whether a `--set` line may mean something to a target: not if it is of a method that only others have."""
-    name = line.partition("=")[0].rpartition(".")[0]
+def _shared_out(
+    lines: Sequence[str], found: Sequence[Suite], bare: Sequence[Options], known: Registry,
+    announce: Callable[[str], None],
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """Which of the typed `--set` lines hold for each target. Raises UserError for one that holds for none."""
+    params.overrides(list(lines))  # says which one cannot be read
+    heeded, names = [], set()
+    for options in bare:
+        own, has = _heeded(lines, options, known)
+        heeded.append(own)
+        names |= has
+    for line in lines:
+        without = [one.name for one, own in zip(found, heeded, strict=True) if line not in own]
+        if len(without) == len(found):
+            close = difflib.get_close_matches(_method(line), names, 1)
+            hint = (
+                f"did you mean {close[0]!r}?"
+                if close
+                else f"these targets have {', '.join(sorted(n for n in names if '/' not in n))}"
+            )
+            raise UserError(f"--set {line}: nothing selected is called {_method(line)!r}; {hint}")
+        if without:
+            announce(f"note: --set {line} is left out of {', '.join(without)}, without {_method(line)!r}")
+    return heeded
 
-    def methods(attacks: str, defenses: str) -> set[str]:
-        chosen = [params.selection(part) for part in params.split(f"{attacks},{defenses}")]
-        needed = {str(s.params["inverter"]) for s in chosen if "inverter" in s.params}
-        return {s.name for s in chosen} | needed
 
-    elsewhere = set().union(*(methods(s.attacks, s.defenses) for s in (suite(each, "", "") for each in NAMES)))
-    return name not in elsewhere or name in methods(found.attacks, found.defenses)
+def _heeded(lines: Sequence[str], options: Options, known: Registry) -> tuple[tuple[str, ...], set[str]]:
+    """The `--set` lines that mean something in a run, and all names that one could have.
+
+    Level by level of what methods need, for a line about one method may decide which others are needed.
+    """
+    prepare = runner.prepare_data(known, cache_folder())
+    kept: tuple[str, ...] = ()
+    for depth in itertools.count(1):
+        asked = resolve(replace(options, overrides=(*options.overrides, *kept)), known, prepare)
+        names: set[str] = set()
+        level = [asked.train, asked.defend, asked.dataset, asked.model, *asked.attacks, *asked.defenses]
+        for _ in range(depth):
+            names |= {name for m in level for name in _names(m)}
+            level = [asked.needed[item] for method in level for item in wanted_by(method)]
+        before, kept = kept, tuple(line for line in lines if _method(line) in names)
+        if not level and kept == before:
+            break
+    return kept, names
+
+
+def _names(method: Described) -> tuple[str, ...]:
+    """What a `--set` line may call a method. All recipes are of one class: they go by their labels."""
+    return (method.label,) if method.kind == "recipe" else (method.full_name, method.full_name.rpartition("/")[2])
+
+
+def _method(line: str) -> str:
+    """Of what a `--set` line speaks. Example: `mcldef` of `mcldef.epochs=3`"""
+    return line.partition("=")[0].rpartition(".")[0]
 
 
 def reproduce(
@@ -79,18 +153,29 @@ def reproduce(
 ) -> Iterator[Reproduced]:  # fmt: skip
     """Run what is missing of each target and say what came of it, one after the other.
 
-    base: as for `planned`, with attacks and defenses "" and model "" for the target's own. Figures go to `figures/` in
+    base: as for `planned`, with attacks and defenses "" and model "" for the targets' own. Figures go to `figures/` in
     the runs folder. Raises UserError as `runner.run_matrix` does.
     Example: `for found in reproduce("table1", Options("", "", "shapes", ""), Settings()): print(found.text)`
     """
-    for each in targets(name):
-        found, options = planned(each, base)
+    runs = planned(name, base, announce)
+    printing = fmt not in ("json", "csv", "html")
+    claimed = tuple(dict.fromkeys(claim for found, _ in runs for claim in found.claims))
+    own: dict[str, Row] = {}
+    for i, (found, options) in enumerate(runs, 1):
         announce(f"== {found.title} ==")
         rows = runner.run_matrix(options, settings, announce=announce, live=live)
-        files, problems = _figures(found, options, settings, rows)
-        sheets = _printed(found, settings, rows)
-        text = "" if fmt in ("json", "csv", "html") else _text(found, options, settings, rows, fmt, sheets, color)
-        yield Reproduced(found, tuple(rows), text, sheets, files, problems)
+        own |= {row.key: row for row in rows}
+        files, problems = _drawn(found, options, settings, rows)
+        sheets = _printed(found, rows)
+        last = i == len(runs)
+        judged = _judged(claimed, settings, list(own.values())) if last else ()  # a claim may rest on several targets
+        closing = text = ""
+        if printing:
+            within = sheets if len(runs) > 1 else (*sheets, *judged)
+            text = _text(found, options, settings, rows, fmt, within, color)
+        if printing and judged and len(runs) > 1:
+            closing = _titled(", ".join(one.name for one, _ in runs), fmt, _alone(judged, fmt))
+        yield Reproduced(found, tuple(rows), text, (*sheets, *judged), files, problems, closing)
 
 
 def stem(name: str) -> str:
@@ -98,16 +183,20 @@ def stem(name: str) -> str:
     return "-".join(targets(name)) if name != ALL else ALL
 
 
-def _printed(found: Suite, settings: runner.Settings, rows: Sequence[Row]) -> tuple[Sheet, ...]:
-    """The printed numbers and the claims that a target bears on."""
-    from .report import claims, paper
+def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
+    """Ours beside the printed numbers."""
+    from .report import paper
 
-    out = []
-    if found.table is not None:
-        out += paper.sheets(rows, found.table)
-    if found.claims:
-        out.append(claims.sheet(runner.stored_rows(settings.runs), rows, found.claims))
-    return tuple(out)
+    return () if found.table is None else tuple(paper.sheets(rows, found.table))
+
+
+def _judged(claimed: Sequence[str], settings: runner.Settings, own: Sequence[Row]) -> tuple[Sheet, ...]:
+    """The claims, judged on whatever is stored of the protocol of a run, whose rows are `own`."""
+    from .report import claims
+
+    if not claimed:
+        return ()
+    return (claims.sheet(runner.stored_rows(settings.runs), own, claimed),)
 
 
 def _text(
@@ -127,8 +216,32 @@ def _text(
         finally:
             store.close()
     grids = report.render(rows, fmt, color=color, restyle=paper.restyle, below=[*below, *printed])
-    title = {"markdown": f"## {found.title}", "latex": f"% {found.title}"}.get(fmt, found.title)
-    return f"{title}\n\n{grids}"
+    return _titled(found.title, fmt, grids)
+
+
+def _titled(title: str, fmt: str, text: str) -> str:
+    return {"markdown": f"## {title}", "latex": f"% {title}"}.get(fmt, title) + f"\n\n{text}"
+
+
+def _alone(printed: Sequence[Sheet], fmt: str) -> str:
+    """Sheets that stand below no grid."""
+    from .report import sheets
+
+    if fmt == "markdown":
+        return sheets.as_markdown(printed)
+    if fmt == "latex":
+        return sheets.as_latex(printed)
+    return sheets.as_text(printed, shutil.get_terminal_size((80, 24)).columns)
+
+
+def _drawn(
+    found: Suite, options: Options, settings: runner.Settings, rows: Sequence[Row]
+) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """As `_figures`; what cannot be drawn, as a gallery of victims that all failed, is a line, not the end of a run."""
+    try:
+        return _figures(found, options, settings, rows)
+    except UserError as error:
+        return (), (f"{found.name}: {error}",)
 
 
 def _figures(

@@ -62,6 +62,10 @@ class Row:
     retuned_asr: float | None = None  # after these steps, on the other test images
     retuned_ftr: float | None = None
     retuned_ba: float | None = None
+    retuned_clean_images: int | None = None  # of an undefended victim: the same steps on a clean model, its control
+    retuned_clean_asr: float | None = None
+    retuned_clean_ftr: float | None = None
+    retuned_clean_ba: float | None = None
     gate: str = ""  # "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
     seconds: float | None = None  # this cell alone
     seconds_shared: float | None = None  # with the stages that it shares with others (inversion)

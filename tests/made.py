@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from backdoorbench_mcl import reproduce, runner
 from backdoorbench_mcl.evaluate import der
+from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row, State
 
 
@@ -44,3 +51,25 @@ def make(
     }
     seeds = {"victim_seed": victim, "defense_seed": None if before else draw}
     return Row(attack=attack, defense=defense, state=state, **{**base, **seeds, **numbers, **more})
+
+
+@contextmanager
+def computed(by_target: Mapping[str, Sequence[Row]], stored: Sequence[Row] = ()) -> Iterator[None]:
+    """As if runs, one after the other, gave these rows; stored: further rows of the runs folder."""
+    order = iter(by_target.values())
+    known = [*stored, *(row for rows in by_target.values() for row in rows)]
+    with (
+        mock.patch.object(runner, "run_matrix", side_effect=order),
+        mock.patch.object(runner, "stored_rows", lambda runs, keep=lambda row: True: list(filter(keep, known))),
+        mock.patch.dict(os.environ, COLUMNS="100"),
+    ):
+        yield
+
+
+def reproduced(
+    runs: Path, by_target: Mapping[str, Sequence[Row]], fmt: Any = "table", stored: Sequence[Row] = ()
+) -> list[reproduce.Reproduced]:
+    """Targets on rows that were not computed: `reproduced(tmp_path, {"table1": rows, "fig4": others})`."""
+    options = Options("", "", "cifar10", "", budget="full", precision="fp32")
+    with computed(by_target, stored):
+        return list(reproduce.reproduce(",".join(by_target), options, runner.Settings(runs), fmt))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backdoorbench_mcl import evaluate, plan, provenance, request, runner
+from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.registry import cache_folder
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.store import Stage, Store
@@ -21,7 +22,21 @@ COUNTS = ("asr_k", "ba_k", "tca_k", "ftr_k", "ra_k")
 KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # variables that choose how numbers are added up
 
 
+SHARES = ("asr", "ba", "tca")  # in percent, with counts `_k` of `_n`
+RUNS = "BBMCL_REGRESS_RUNS"
+
 Recording = Mapping[str, Any]  # "made", "stages", "cells": JSON-ready
+
+
+def fresh(environment: Mapping[str, str], default: Path) -> Path:
+    """The runs folder of a pinned matrix: what `RUNS` names, else `default`; never one that holds anything.
+
+    A stored stage is not computed again, so that with stored ones a comparison says nothing. Raises UserError.
+    """
+    runs = Path(environment.get(RUNS) or default)
+    if runs.is_file() or (runs.is_dir() and any(runs.iterdir())):
+        raise UserError(f"{RUNS}={runs}: expected an empty or absent folder, for what is stored would not be computed")
+    return runs
 
 
 def record(options: request.Options, runs: Path, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -55,7 +70,7 @@ def _stage(node: plan.Node, stage: Stage) -> dict[str, Any]:
 
 
 def _cell(cell: plan.Cell, row: Row) -> dict[str, Any]:
-    counts = {name: getattr(row, name) for name in (*COUNTS, "asr_n", "ba_n")}
+    counts = {name: getattr(row, name) for name in (*COUNTS, *(f"{share}_n" for share in SHARES))}
     name = f"{row.attack} {row.victim_seed} x {row.defense}" + (f" {row.defense_seed}" if cell.after else "")
     return {"cell": name, "key": cell.key, "state": row.state, "reason": row.reason, "gate": row.gate, **counts,
             "stages": [cell.before, *([cell.after] if cell.after else [])]}  # fmt: skip
@@ -79,19 +94,19 @@ def exact(old: Recording, new: Recording) -> bool:
     return bool(where(old) == where(new))
 
 
-def drift(old: Recording, new: Recording, asr: float, ba: float) -> list[str]:
+def drift(old: Recording, new: Recording, points: Mapping[str, float]) -> list[str]:
     """One line for each thing that is not as recorded; none is what one hopes for.
 
-    asr, ba: points by which cells may differ where the recordings are not `exact`.
+    points: by how many each of `SHARES` may differ where the recordings are not `exact`.
     """
     names = {cell["cell"]: cell for cell in new["cells"]}
     lines = [f"{cell['cell']}: recorded, and no longer a cell" for cell in old["cells"] if cell["cell"] not in names]
     recorded = {cell["cell"]: cell for cell in old["cells"]}
     lines += [f"{name}: a cell, and not recorded" for name in names if name not in recorded]
     both = [(cell, names[cell["cell"]]) for cell in old["cells"] if cell["cell"] in names]
-    if not exact(old, new):
-        return lines + [f"{was['cell']}: {what}" for was, now in both for what in _far(was, now, asr, ba)]
     before, after = _by_key(old), _by_key(new)
+    if not exact(old, new):
+        return lines + _far_apart(both, before, after, points)
     for was, now in both:
         moved = [] if _values(was) == _values(now) else [f"{_shown(was)} -> {_shown(now)}"]
         causes = list(_causes(was, now, before, after))
@@ -109,17 +124,7 @@ def _causes(
 ) -> Iterator[str]:
     """The earliest stages behind a cell in which two recordings part."""
     if was["stages"] != now["stages"]:
-        titles = {stage["title"]: stage for stage in _behind(was["stages"], before)}
-        for stage in _behind(now["stages"], after):
-            earlier = titles.get(stage["title"])
-            if stage["key"] in before or any(key not in before for key in stage["inputs"]):
-                continue
-            versions = "versions as before, so parameters, seeds or data moved"
-            if earlier is None:
-                versions = "a stage that was not there"
-            elif earlier["methods"] != stage["methods"]:
-                versions = f"{', '.join(earlier['methods'])} -> {', '.join(stage['methods'])}"
-            yield f"{stage['title']}: declared by its key ({versions}): record the baseline again"
+        yield from _declared(was, now, before, after)
         return
     if was["key"] != now["key"]:
         yield f"scored otherwise (evaluator version {evaluate.EVALUATOR_VERSION}): record the baseline again"
@@ -130,6 +135,23 @@ def _causes(
             yield f"{stage['title']}: other bytes under the same key, so the version should rise of {methods}"
     if was["key"] == now["key"] and not parted and _values(was) != _values(now):
         yield f"scored otherwise under evaluator version {evaluate.EVALUATOR_VERSION}, which should rise"
+
+
+def _declared(
+    was: Recording, now: Recording, before: Mapping[str, Recording], after: Mapping[str, Recording]
+) -> Iterator[str]:
+    """The earliest stages behind a cell that have other keys than the recorded ones."""
+    titles = {stage["title"]: stage for stage in _behind(was["stages"], before)}
+    for stage in _behind(now["stages"], after):
+        earlier = titles.get(stage["title"])
+        if stage["key"] in before or any(key not in before for key in stage["inputs"]):
+            continue
+        versions = "versions as before, so parameters, seeds or data moved"
+        if earlier is None:
+            versions = "a stage that was not there"
+        elif earlier["methods"] != stage["methods"]:
+            versions = f"{', '.join(earlier['methods'])} -> {', '.join(stage['methods'])}"
+        yield f"{stage['title']}: declared by its key ({versions}): record the baseline again"
 
 
 def _behind(keys: list[str], stages: Mapping[str, Recording]) -> list[Recording]:
@@ -156,22 +178,52 @@ def _percent(cell: Recording, name: str) -> float | None:
     return None if count is None or not total else 100 * count / total
 
 
+def _text(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
 def _shown(cell: Recording) -> str:
     if cell["state"] != "ok":
         return f"{cell['state']} ({cell['reason']})"
     others = " ".join(f"{name}={cell[name]}" for name in COUNTS[2:])
-    return f"ASR {_percent(cell, 'asr'):.2f} BA {_percent(cell, 'ba'):.2f} {others}"
+    return f"ASR {_text(_percent(cell, 'asr'))} BA {_text(_percent(cell, 'ba'))} {others}"
 
 
-def _far(was: Recording, now: Recording, asr: float, ba: float) -> Iterator[str]:
+def _far_apart(
+    both: list[tuple[Recording, Recording]], before: Mapping[str, Recording], after: Mapping[str, Recording],
+    points: Mapping[str, float],
+) -> list[str]:  # fmt: skip
+    """A line for each cell that differs by more than another machine class explains, with what may be its cause."""
+    moved = [(was, now, what) for was, now in both if (what := "; ".join(_far(was, now, points)))]
+    victims = {now["stages"][0] for _, now, _ in moved if len(now["stages"]) == 1}  # those that moved themselves
+    lines = []
+    for was, now, what in moved:
+        causes = list(_declared(was, now, before, after)) if was["stages"] != now["stages"] else []
+        if not causes:
+            victim = _behind(now["stages"][:1], after)
+            own = (
+                victim if now["stages"][0] in victims else [s for s in _behind(now["stages"], after) if s not in victim]
+            )
+            methods = " or ".join(sorted({method for stage in own for method in stage["methods"]}))
+            causes = [f"if this is no rounding, the version should rise of {methods}"]
+        lines.append("; ".join([f"{was['cell']}: {what}", *causes]))
+    return lines
+
+
+def _far(was: Recording, now: Recording, points: Mapping[str, float]) -> Iterator[str]:
     """What differs by more than another machine class explains."""
     if was["state"] != now["state"]:
         yield f"{_shown(was)} -> {_shown(now)}"
         return
-    for name, allowed in (("asr", asr), ("ba", ba)):
+    if was["gate"] != now["gate"]:
+        yield f"gate {was['gate']!r} -> {now['gate']!r}"
+    was = {"tca_n": now["tca_n"], **was}  # older recordings lack it; the test images are the same
+    for name in SHARES:
         old, new = _percent(was, name), _percent(now, name)
-        if old is not None and new is not None and abs(old - new) > allowed:
-            yield f"{name.upper()} {old:.2f} -> {new:.2f}, more than {allowed:g} points apart"
+        if (old is None) != (new is None):
+            yield f"{name.upper()} {_text(old)} -> {_text(new)}"
+        elif old is not None and new is not None and abs(old - new) > points[name]:
+            yield f"{name.upper()} {old:.2f} -> {new:.2f}, more than {points[name]:g} points apart"
 
 
-__all__ = ["COUNTS", "KERNELS", "Recording", "drift", "exact", "record"]
+__all__ = ["COUNTS", "KERNELS", "RUNS", "SHARES", "Recording", "drift", "exact", "fresh", "record"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +12,25 @@ import numpy as np
 import pytest
 import small
 from conftest import Bbmcl
-from made import make
+from made import computed, make, reproduced
 from PIL import Image
+from typer.testing import CliRunner
 
-from backdoorbench_mcl import params, plan, remarks, report, reproduce
+from backdoorbench_mcl import cli, params, plan, remarks, report, reproduce
 from backdoorbench_mcl.errors import UserError
-from backdoorbench_mcl.presets.suite import NAMES, pinned, suite
+from backdoorbench_mcl.presets.suite import NAMES, datasets, pinned, suite
 from backdoorbench_mcl.report import figures, paper
+from backdoorbench_mcl.reproduce import Reproduced
 from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row
 
+CONTROL = "mcldef+(stage=contrast)"  # the steps of mcldef+ on the loss of mcldef (spec 7)
 GOLDEN = Path(__file__).parent / "golden"
 TOY = (
     "--dataset", "tiny", "--model", "tiny-net", "--budget", "quick", "--precision", "fp32", "--runs", "runs",
     *(part for line in (
         "train.steps=120", "defend.steps=6", "nc-box.steps=10", "badnets.target=1", "badnets.rate=0.2", "cl.target=1",
-        "cl.surrogate=natural", "natural.steps=20", "trojan.target=1",
+        "cl.surrogate=natural", "natural.steps=20",
     ) for part in ("--set", line)),
 )  # fmt: skip
 
@@ -32,7 +38,7 @@ TOY = (
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_is_a_plan(name: str, monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> None:
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    found, options = reproduce.planned(name, Options("", "", "shapes", "", precision="fp32"))
+    ((found, options),) = reproduce.planned(name, Options("", "", "shapes", "", precision="fp32"))
     assert (options.budget, options.model) == ("quick", "wrn-16-1")
     built = plan.build(small.resolve(options))
     kinds = {node.kind for node in built.nodes.values()}
@@ -53,7 +59,7 @@ def test_the_paper_s_data_sets_have_their_attacks_and_networks() -> None:
         for part in params.split(found.attacks):
             assert part in paper.ATTACKS
         for part in params.split(found.defenses):
-            assert part == "none" or part in paper.DEFENSES
+            assert part in ("none", CONTROL) or part in paper.DEFENSES
 
 
 def test_targets_are_checked_before_anything_is_run() -> None:
@@ -65,13 +71,105 @@ def test_targets_are_checked_before_anything_is_run() -> None:
         reproduce.targets("")
 
 
-def test_a_set_line_of_a_method_that_only_others_have_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]
-) -> None:
+Toy = Callable[..., Options]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str]) -> Toy:
+    """What `reproduce` is given on shapes: `toy("mcldef.epochs=3", dataset="gtsrb")`."""
     small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
-    lines = ("sig.delta=30", "mcldef.temperature=0.1", "typo.x=1", "train.lr=0.1")
-    _, options = reproduce.planned("fig4", Options("", "", "shapes", "", overrides=lines))
-    assert options.overrides == lines[1:]
+
+    def options(*lines: str, **base: Any) -> Options:
+        return Options("", "", **{"dataset": "shapes", "model": "", "precision": "fp32", **base}, overrides=lines)
+
+    return options
+
+
+def test_the_sweeps_hold_the_control_that_tells_the_loss_of_mcldef_plus_from_its_steps(toy: Toy) -> None:
+    for name in ("fig4", "fig9"):
+        ((found, options),) = reproduce.planned(name, toy())
+        assert "C8" in found.claims
+        built = small.build(options)
+        much = {cell.row.defense: cell for cell in built.cells if cell.row.clean_rate == 0.2}
+        plus, control = (built.nodes[much[label].own[0]] for label in ("mcldef+", CONTROL))
+        assert plus.inputs == control.inputs  # the same purified model, the same trigger
+        params_of = [node.methods["defense"].params for node in (plus, control)]
+        assert {name for name in params_of[0] if params_of[0][name] != params_of[1][name]} == {"stage"}
+
+
+def lines_of(name: str, base: Options, said: list[str]) -> dict[str, list[str]]:
+    """The typed `--set` lines that each target keeps."""
+    return {
+        found.name: [line for line in options.overrides if line in base.overrides]
+        for found, options in reproduce.planned(name, base, said.append)
+    }
+
+
+def test_a_set_line_holds_for_the_targets_that_use_it_and_the_others_are_named(toy: Toy) -> None:
+    lines = ("train.lr=0.1", "mesa.alpha=0.5", "natural.steps=9", "nc-box.steps=9", "sig.delta=30")
+    said: list[str] = []
+    assert lines_of("table2,fig4,fig1", toy(*lines), said) == {
+        "table2": list(lines), "fig4": ["train.lr=0.1", "nc-box.steps=9"],
+        "fig1": ["train.lr=0.1", "natural.steps=9", "sig.delta=30"],
+    }  # fmt: skip
+    assert said == [
+        "note: --set mesa.alpha=0.5 is left out of fig4, fig1, without 'mesa'",
+        "note: --set natural.steps=9 is left out of fig4, without 'natural'",
+        "note: --set nc-box.steps=9 is left out of fig1, without 'nc-box'",
+        "note: --set sig.delta=30 is left out of fig4, without 'sig'",
+    ]
+
+
+def test_a_set_line_may_bring_in_the_method_of_another_one(toy: Toy) -> None:
+    lines = ("mcldef.inverter=pixel", "pixel.steps=9", "nc-box.steps=9")
+    said: list[str] = []
+    assert lines_of("fig10,table1", toy(*lines), said) == {"fig10": list(lines[:2]), "table1": list(lines)}
+    assert said == ["note: --set nc-box.steps=9 is left out of fig10, without 'nc-box'"]
+
+
+@pytest.mark.parametrize("name, line, hint", [
+    ("fig1,fig3", "mesa.alpha=1", "these targets have badnets, blend, cl, defend, mcldef, nad, natural, nc, nc-box, "
+     "shapes, sig, train, trojan, wrn$"), ("fig3,fig4", "mcldeff.epochs=3", "mean 'mcldef'"),
+    ("fig10,fig3", "mcldef+.epochs=3", "mean 'mcldef'"),
+])  # fmt: skip
+def test_a_set_line_that_no_target_uses_is_refused(toy: Toy, name: str, line: str, hint: str) -> None:
+    with pytest.raises(UserError, match=rf"--set {re.escape(line)}: nothing selected is called '.*'; .*{hint}"):
+        reproduce.planned(name, toy(line))
+
+
+@pytest.mark.parametrize(
+    "line, told", [("mcldef", "expected"), ("sig.deltaa=30", "sig"), ("natural.stepz=9", "natural")]
+)
+def test_a_bad_set_line_is_told_before_anything_is_run(toy: Toy, line: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        reproduce.planned("fig4,fig1", toy(line))
+    assert "nothing selected" not in str(error.value)
+
+
+def test_a_single_target_refuses_a_set_line_as_matrix_does(toy: Toy) -> None:
+    ((_, options),) = reproduce.planned("table1", toy("mesa.alpha=0.5"))
+    with pytest.raises(UserError, match="nothing selected is called 'mesa'"):
+        small.resolve(options)
+
+
+def test_what_the_paper_has_not_on_a_data_set_is_refused_by_name_and_left_out_of_all(toy: Toy) -> None:
+    for dataset, model in (("gtsrb", "wrn-16-1"), ("imagenet20", "resnet18")):
+        said: list[str] = []
+        found = reproduce.planned("all", toy(dataset=dataset), said.append)
+        assert [(one.name, options.attacks, options.model) for one, options in found] == [
+            ("table1", "badnets,trojan,blend", model), ("fig5", "badnets,trojan,blend", model),
+        ]  # fmt: skip
+        assert said == [
+            f"note: the paper has no table2, table4, table5, fig1, fig3, fig4, fig9, fig10 on {dataset}: left out"
+        ]
+    with pytest.raises(
+        UserError, match=r"reproduce table2 --dataset gtsrb: the paper has it on cifar10 only; use that"
+    ):
+        reproduce.planned("table1,table2", toy(dataset="gtsrb"))
+    for dataset in ("shapes", "tiny"):
+        assert [one.name for one, _ in reproduce.planned("all", toy(dataset=dataset))] == list(NAMES)
+    assert datasets("table1") == ("cifar10", "gtsrb", "imagenet20")
+    assert datasets("table5") == ("cifar10",)
 
 
 def rows(sig_mesa: bool = True) -> list[Row]:
@@ -116,6 +214,53 @@ def test_a_figure_from_end_to_end_and_again_from_the_store(bbmcl: Bbmcl, tmp_pat
     assert drawn.read_bytes() == before
 
 
+def test_a_figure_that_cannot_be_drawn_stops_no_other_target(tmp_path: Path) -> None:
+    failed = [make("badnets", "before", state="failed", reason="out of memory")]
+    gallery, front = reproduced(tmp_path, {"fig5": failed, "table2": rows()})
+    (problem,) = gallery.problems
+    assert problem.startswith("fig5: no stored victim fits")
+    assert [path.suffix for path in front.files] == [".png", ".svg"] * 2
+
+
+def claims_of(found: Reproduced) -> list[str]:
+    """The claims among the sheets of a target."""
+    return [line[0] for sheet in found.sheets if sheet.title == "Claims" for line in sheet.body]
+
+
+@pytest.mark.parametrize("fmt, heading", [
+    ("table", "fig4, table1\n\nClaims\n"), ("markdown", "## fig4, table1\n\n**Claims**"),
+    ("latex", "% fig4, table1\n\n\\begin{table}"),
+])  # fmt: skip
+def test_claims_are_judged_once_when_all_targets_have_run(tmp_path: Path, fmt: str, heading: str) -> None:
+    first, last = reproduced(tmp_path, {"fig4": sweep(), "table1": rows()}, fmt)
+    assert claims_of(first) == []
+    assert claims_of(last) == ["C1", "C2", "C3", "C7", "C8", "C10"]
+    assert "Claims" not in first.text + first.closing + last.text
+    assert last.closing.startswith(heading)
+    assert "only NC and MCLDef cut ASR" in last.closing
+
+
+@pytest.mark.parametrize("fmt", ["table", "html"])
+def test_the_command_shows_the_claims_once(tmp_path: Path, fmt: str) -> None:
+    runs = ("--runs", str(tmp_path), "--budget", "full", "--precision", "fp32", "--format", fmt)
+    with computed({"fig4": sweep(), "fig9": [row for row in rows() if row.attack == "sig"]}):
+        done = CliRunner().invoke(cli.app, ["reproduce", "fig4,fig9", *runs])
+    assert done.exit_code == 0, done.output
+    text = done.stdout if fmt == "table" else (tmp_path / "reproduce-fig4-fig9.html").read_text()
+    assert text.count("Claims") == 1
+
+
+def test_the_claims_of_a_single_target_stand_with_it(tmp_path: Path) -> None:
+    (found,) = reproduced(tmp_path, {"fig4": sweep()})
+    assert claims_of(found) == ["C7", "C8"]
+    assert "\nClaims\n" in found.text
+    assert found.closing == ""
+    (found,) = reproduced(tmp_path, {"fig4": sweep()}, "html")
+    assert (claims_of(found), found.text, found.closing) == (["C7", "C8"], "", "")
+    first, last = reproduced(tmp_path, {"fig3": rows(), "fig5": rows()})  # neither bears on a claim
+    assert (first.closing, last.closing, claims_of(last)) == ("", "", [])
+
+
 def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tmp_path: Path) -> None:
     command = (*small.command("badnets", "ft"), "--runs", "runs")
     plain = bbmcl(*command)
@@ -134,6 +279,24 @@ def test_re_tuning_is_a_column_and_a_stored_row_is_scored_again(bbmcl: Bbmcl, tm
     assert bbmcl(*command, "--retune", "12").stderr.count("re-tune") == 0
     more = bbmcl(*command, "--retune", "20")
     assert "after 10 steps on 20 triggered images" in " ".join(more.stdout.split())  # not what is stored of the 12
+
+
+def test_re_tuning_has_a_clean_model_to_compare_with(bbmcl: Bbmcl) -> None:
+    command = (*small.command("badnets", "ft"), "--runs", "runs", "--clean-model", "--set", "none.target=1")
+    done = bbmcl(*command, "--retune", "12", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    found = {(row["attack"], row["defense"]): row for row in json.loads(done.stdout)}
+    before = found.pop(("badnets", "before"))
+    assert before["retuned_clean_images"] == 12
+    assert before["retuned_asr"] is None  # the victim has the backdoor as it is
+    assert 0 <= before["retuned_clean_asr"] <= 100
+    assert 0 <= before["retuned_clean_ba"] <= 100
+    assert found["badnets", "ft"]["retuned_asr"] is not None
+    assert all(row["retuned_clean_asr"] is None for row in found.values())
+    assert done.stderr.count("re-tune none on badnets 0: ok") == 1
+    assert done.stderr.count("none victim 0: ok") == 1  # the clean model of the table
+    alone = bbmcl(*small.command("badnets", "ft"), "--runs", "runs", "--retune", "12", "--format", "json")
+    assert json.loads(alone.stdout)[0]["retuned_clean_asr"] == before["retuned_clean_asr"]  # kept
 
 
 def test_one_stage_beside_the_score_does_not_cost_another() -> None:

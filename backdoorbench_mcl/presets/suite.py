@@ -13,6 +13,7 @@ from . import read
 
 Kind = Literal["table", "curves", "tsne", "gallery"]
 NAMES = ("table1", "table2", "table4", "table5", "fig1", "fig3", "fig4", "fig5", "fig9", "fig10")
+PAPER = ("cifar10", "gtsrb", "imagenet20")  # the data sets of the paper
 _LISTS = ("set", "sweep", "claims")
 
 
@@ -55,6 +56,19 @@ def suite(name: str, dataset: str, budget: str) -> Suite:
     return Suite(name, **fields)
 
 
+def datasets(name: str) -> tuple[str, ...]:
+    """The data sets on which the paper has a target: the first of them, and those that its file has a table for."""
+    return (PAPER[0], *(dataset for dataset in PAPER[1:] if dataset in _file(name).get("data", {})))
+
+
+def on(name: str, dataset: str) -> bool:
+    """Whether a target is to be had on a data set (its bare name): one of the paper's must be among `datasets`.
+
+    A toy or a data set that is not the paper's stands in for cifar10. Example: `on("table2", "gtsrb")` is False.
+    """
+    return dataset not in PAPER or dataset in datasets(name)
+
+
 @cache
 def pinned(table: int) -> frozenset[str]:
     """Every `--set` line that belongs to the printed table of that number, on any data set and budget."""
@@ -66,4 +80,4 @@ def pinned(table: int) -> frozenset[str]:
     return frozenset(lines)
 
 
-__all__ = ["NAMES", "Kind", "Suite", "pinned", "suite"]
+__all__ = ["NAMES", "PAPER", "Kind", "Suite", "datasets", "on", "pinned", "suite"]
