@@ -253,7 +253,7 @@ def gallery(
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Where to write; default: gallery/ in the runs.")
     ] = None,
 ) -> None:
-    """Draw the stored attacks: a PNG and an SVG per data set, attack and victim, with the triggers that inverters found."""
+    """Draw the stored attacks: a PNG and an SVG per data set, attack and victim, with the triggers found."""
     from . import params, runner
     from .registry import cache_folder
     from .report.gallery import sheets

@@ -224,11 +224,11 @@ def test_a_figure_that_cannot_be_drawn_stops_no_other_target(tmp_path: Path) -> 
 
 def claims_of(found: Reproduced) -> list[str]:
     """The claims among the sheets of a target."""
-    return [line[0] for sheet in found.sheets if sheet.title == "Claims" for line in sheet.body]
+    return [line[0] for sheet in found.sheets if sheet.title.startswith("Claims: ") for line in sheet.body]
 
 
 @pytest.mark.parametrize("fmt, heading", [
-    ("table", "fig4, table1\n\nClaims\n"), ("markdown", "## fig4, table1\n\n**Claims**"),
+    ("table", "fig4, table1\n\nClaims: cifar10"), ("markdown", "## fig4, table1\n\n**Claims: cifar10"),
     ("latex", "% fig4, table1\n\n\\begin{table}"),
 ])  # fmt: skip
 def test_claims_are_judged_once_when_all_targets_have_run(tmp_path: Path, fmt: str, heading: str) -> None:
@@ -253,7 +253,7 @@ def test_the_command_shows_the_claims_once(tmp_path: Path, fmt: str) -> None:
 def test_the_claims_of_a_single_target_stand_with_it(tmp_path: Path) -> None:
     (found,) = reproduced(tmp_path, {"fig4": sweep()})
     assert claims_of(found) == ["C7", "C8"]
-    assert "\nClaims\n" in found.text
+    assert "\nClaims: cifar10, preset paper, budget full, fp32\n" in found.text
     assert found.closing == ""
     (found,) = reproduced(tmp_path, {"fig4": sweep()}, "html")
     assert (claims_of(found), found.text, found.closing) == (["C7", "C8"], "", "")

@@ -28,7 +28,8 @@ IMAGES = {"cifar10": 9000, "gtsrb": 11969, "imagenet20": 950}  # test images out
 ATTACKS = {"badnets": "BadNets", "trojan": "Trojan", "blend": "Blend", "cl": "CL", "sig": "Sig"}
 DEFENSES = {
     BEFORE: "Before", "ft": "FT", "nad": "NAD", "ibau": "I-BAU", "nc": "NC", "mcldef": "MCLDef", "mcldef+": "MCLDef+",
-    "mcldef+(stage=contrast)": "MCLDef+ (control)", "mcldef(inverter=mesa)": "MESA", "mcldef(inverter=true)": "MCLDef(True)",
+    "mcldef+(stage=contrast)": "MCLDef+ (control)", "mcldef(inverter=mesa)": "MESA",
+    "mcldef(inverter=true)": "MCLDef(True)",
 }  # fmt: skip
 CLEAN_RATE = 0.05
 TABLES = (1, 2, 4, 5)  # those that print ASR and BA
