@@ -262,6 +262,21 @@ def test_little_clean_data() -> None:
     assert verdict(spared, "C7").verdict != "reproduced"
 
 
+def test_the_third_stage_has_to_beat_its_control() -> None:
+    def judged(control: float) -> claims.Finding:
+        rows = []
+        for attack in claims.CIFAR:
+            rows += spread(attack, "mcldef", 2.0, 80.0)
+            for defense, ba in (("mcldef", 78.0), ("mcldef+", 82.0), (claims.CONTROL, control), ("ft", 86.0),
+                                ("nad", 87.0), ("nc", 88.0)):  # fmt: skip
+                rows += spread(attack, defense, 2.0, ba, clean_rate=0.2, wide=0.5)
+        return verdict(rows, "C8")
+
+    assert judged(79.0).verdict == "reproduced"
+    assert judged(84.0).verdict == "not reproduced"
+    assert "badnets, BA of mcldef+ above mcldef+(stage=contrast): -1.96" in judged(84.0).evidence
+
+
 def test_the_target_class_is_spared_within_the_margin_only() -> None:
     def changed(change: float) -> list[Row]:
         return [

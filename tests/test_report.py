@@ -453,3 +453,13 @@ def test_a_clean_set_without_copies_of_poisoned_images_is_a_table_of_its_own() -
     blocks = build(rows)
     assert [block.lines[0].cells[-1].asr.mean for block in blocks] == [5.0, 9.0]  # type: ignore[union-attr]
     assert blocks[1].title.endswith("without clean copies of poisoned images")
+
+
+def test_the_line_before_tells_how_fast_a_clean_model_learns_the_trigger() -> None:
+    rows = [make("badnets", "before", 99.0, 82.0, retuned_clean_images=12, retuned_clean_asr=31.25),
+            make("badnets", "ft", 5.0, 80.0, retuned_images=12, retuned_asr=88.5, retuned_ftr=3.0)]  # fmt: skip
+    text = render(rows, "table", width=160)
+    (before,) = [line for line in text.splitlines() if "Before" in line and "31.25" in line]
+    assert before.split()[-1] == "–"
+    assert "of a clean model after the same steps" in " ".join(text.split())
+    assert "of a clean model" not in render(rows[1:], "table", width=160)

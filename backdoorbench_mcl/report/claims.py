@@ -29,6 +29,7 @@ POISONED_LABEL = ("badnets", "trojan", "blend")
 CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
+CONTROL = "mcldef+(stage=contrast)"
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -411,11 +412,14 @@ def _c8(board: Board) -> tuple[list[Contrast], int]:
     for attack in CIFAR:
         much = board.get(attack, OURS, rate=0.2)
         contrasts += _less(much, board.get(attack, OURS), "ba", f"{attack}, BA of mcldef at 20 % below 5 %")
-        contrasts += _more(board.get(attack, "mcldef+", rate=0.2), much, "ba", f"{attack}, BA of mcldef+ above mcldef")
+        more = board.get(attack, "mcldef+", rate=0.2)
+        contrasts += _more(more, much, "ba", f"{attack}, BA of mcldef+ above mcldef")
+        # the same steps on the loss of mcldef: what the third stage's loss adds, not its length (spec 7)
+        contrasts += _more(more, board.get(attack, CONTROL, rate=0.2), "ba", f"{attack}, BA of mcldef+ above {CONTROL}")
         for defense in ("ft", "nad", "nc"):
             rows = board.get(attack, defense, rate=0.2)
             contrasts += _by_victim(rows, f"{attack}, BA of {defense} above the undefended", gain)
-    return contrasts, 5 * len(CIFAR)
+    return contrasts, 6 * len(CIFAR)
 
 
 def _temperature(row: Row) -> float | None:

@@ -24,6 +24,7 @@ DETAILS = ("ASR", "FTR", "BA nt", "TCA", "RA", "DER", "s", "s+")
 _FIELDS = ("asr", "ftr", "ba_nt", "tca", "ra", "der", "seconds", "seconds_shared")
 RETUNED = ("ASR re", "FTR re")  # after a few steps on triggered images, where somebody asked for that
 _RETUNED_FIELDS = ("retuned_asr", "retuned_ftr")
+_RETUNED_CLEAN_FIELDS = ("retuned_clean_asr", "retuned_clean_ftr")  # of the control: a clean model, taught the same
 
 
 def heading(column: Column) -> str:
@@ -204,7 +205,11 @@ def details_legend(block: Block) -> str:
     if not retuned(block):
         return DETAILS_LEGEND
     counts = _range([row.retuned_images for row in block.rows if row.retuned_images is not None])
-    return f"{DETAILS_LEGEND} ASR re, FTR re: after 10 steps on {counts} triggered images and their clean twins."
+    clean = any(row.retuned_clean_images is not None for row in block.rows)
+    control = "; in the line Before: of a clean model after the same steps" if clean else ""
+    return (
+        f"{DETAILS_LEGEND} ASR re, FTR re: after 10 steps on {counts} triggered images and their clean twins{control}."
+    )
 
 
 def details(block: Block) -> list[list[str]]:
@@ -217,7 +222,8 @@ def details(block: Block) -> list[list[str]]:
         for cell, column in zip(line.cells, block.columns, strict=True):
             if cell is None or not cell.ok:
                 continue
-            names = (*_FIELDS, *(_RETUNED_FIELDS if retuned(block) else ()))
+            steps = _RETUNED_CLEAN_FIELDS if column.before else _RETUNED_FIELDS
+            names = (*_FIELDS, *(steps if retuned(block) else ()))
             numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in names]
             numbers[0] += asr_marks(cell)
             out.append([attack(line), heading(column), *numbers])
