@@ -193,7 +193,9 @@ def reproduce(
         status |= runner.exit_status(found.rows)
     if fmt == "html":
         page = runs / f"reproduce-{pinned.stem(target)}.html"
-        print(documents.write_page(runs, list(rows.values()), page, below=sheets, title=f"bbmcl reproduce {target}"))
+        title = f"bbmcl reproduce {target}"
+        every = list(rows.values())
+        print(documents.write_page(runs, every, page, below=sheets, title=title, printed_names=True))
     elif fmt in ("json", "csv"):
         _print_rows(list(rows.values()), fmt)
     raise typer.Exit(status)

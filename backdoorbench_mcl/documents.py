@@ -54,7 +54,7 @@ def _printed(rows: Sequence[Row], table: int | None) -> list[Sheet]:
 
 def write_page(
     runs: Path, rows: Sequence[Row], file: Path, printed: int | None = None, against: str | None = None,
-    below: Sequence[Sheet] = (), title: str = "bbmcl report",
+    below: Sequence[Sheet] = (), title: str = "bbmcl report", printed_names: bool = False,
 ) -> Path:  # fmt: skip
     """Write the HTML page of rows of a runs folder, whole or not at all; returns where.
 
@@ -67,7 +67,7 @@ def write_page(
     store = Store(runs)
     try:
         text = page(rows, store=store, cache_folder=cache_folder(), title=title, against=against,
-                    below=[*_printed(rows, printed), *below])  # fmt: skip
+                    printed_names=printed_names, below=[*_printed(rows, printed), *below])  # fmt: skip
     finally:
         store.close()
     return files.write(file, text.encode())

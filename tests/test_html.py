@@ -325,3 +325,12 @@ def test_every_plot_of_a_page_is_labelled_and_no_id_stands_twice() -> None:
     assert len({a["aria-label"] for a in shown}) == 6
     ids = [a["id"] for _, a in found.tags if "id" in a]
     assert len(ids) == len(set(ids))
+
+
+def test_a_reproduced_page_has_the_papers_names_and_its_slash() -> None:
+    rows = [make("sig", "before", 99.0, 84.0), make("sig", "mcldef", 3.0, 73.0), make("sig", "ft", 60.0, 80.0),
+            make("sig", "mcldef(inverter=mesa)", state="n/a", reason="no patch")]  # fmt: skip
+    text = page(rows, printed_names=True)
+    for name in ("Sig", "MCLDef", "MESA", ">/</button>", "MCLDef less each other defense"):
+        assert name in text, name
+    assert "MESA" not in page(rows)

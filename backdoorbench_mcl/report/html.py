@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..rows import Row
 from ..store import Store
-from . import grid, inference, notes
+from . import grid, inference, notes, paper
 from .drill import Drill
 from .evidence import Evidence
 from .grid import Block, Cell, Rank, Stat
@@ -38,20 +38,23 @@ _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apa
 
 
 def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
-         below: Sequence[Sheet] = (), against: str | None = None) -> str:  # fmt: skip
+         below: Sequence[Sheet] = (), against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
     """Rows as one HTML page.
 
     store: the runs folder behind them, for pictures, curves, logs and predictions; cache_folder: where prepared data
-    sets lie, for test images; below: further tables. Raises UserError where one label stands for two things.
+    sets lie, for test images; below: further tables; printed_names: tables have the paper's
+    names of attacks and defenses, and its slash. Raises UserError where one label stands for two things.
     """
     blocks = grid.build(rows)
     room = max(LEAST, SIZE - RUN_BYTES * len(rows))
     drill, plots = Drill(store, cache_folder, (1 - PLOTS) * room), Plots(PLOTS * room)
     evidence = None if store is None else Evidence(store)
-    grids = [_grid(block, drill, plots, evidence) for block in blocks]
+    shown = [paper.restyle(block) for block in blocks] if printed_names else blocks
+    against = paper.DEFENSES.get(against or inference.PREFERRED, against) if printed_names else against
+    grids = [_grid(*pair, drill, plots, evidence) for pair in zip(shown, blocks, strict=True)]
     sweeps = plots.of_sweeps(blocks)
     predictions = None if evidence is None else evidence.predictions
-    sheets = [*(inference.sheets(blocks, against, predictions) if blocks else ()), *below]
+    sheets = [*(inference.sheets(shown, against, predictions) if blocks else ()), *below]
     data, lines = drill.data(plots.room)
     script = _asset("page.js")
     return _template().render(
@@ -113,14 +116,14 @@ def _columns(sheet: Sheet) -> list[list[str | None]]:
 # ---------------------------------------------------------------- a grid
 
 
-def _grid(block: Block, drill: Drill, plots: Plots, evidence: Evidence | None) -> dict[str, Any]:
+def _grid(block: Block, as_stored: Block, drill: Drill, plots: Plots, evidence: Evidence | None) -> dict[str, Any]:
     return {
         "title": block.title, "columns": [notes.heading(column) for column in block.columns],
         "lines": [{"label": notes.attack(line), "cells": _cells(line.cells, drill)} for line in block.lines],
         "legend": notes.legend(block, "Bold: best, underlined: second best"), "failures": notes.failures(block),
         "details_head": [*notes.details_head(block), "MB"], "details": _details(block),
         "details_legend": notes.details_legend(block) + " MB: peak memory of a job.",
-        "plots": plots.of_block(block, evidence), "left_out": plots.left_out(),
+        "plots": plots.of_block(as_stored, evidence), "left_out": plots.left_out(),
     }  # fmt: skip
 
 
