@@ -20,8 +20,10 @@ from conftest import Bbmcl, Reference
 from PIL import Image
 
 from backdoorbench_mcl import __version__, cli, describe, plugins
+from backdoorbench_mcl.evaluate import marks
 from backdoorbench_mcl.registry import Registry
 from backdoorbench_mcl.report import FORMATS
+from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.store import Store
 
 ANNOUNCED = ("reading methods ", "preparing data set ", "data set ", "attacks ", "preset ")  # what may precede an error
@@ -233,7 +235,7 @@ def test_json_on_stdout_is_pure(bbmcl: Bbmcl, reference: Reference) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert done.stdout.startswith("[") and done.stdout.endswith("]\n")
-    assert rows == [row.as_dict() for row in reference.rows]
+    assert rows == [row.as_dict() | marks(row) for row in reference.rows]
     assert {"dataset", "model", "key", "asr_before", "seconds_shared", "toy", "versions"} <= set(rows[0])
     assert "data set tiny" in done.stderr
     assert "mcldef" in done.stderr
@@ -402,7 +404,7 @@ def test_export_and_import_carry_a_matrix(call: Call, reference: Reference, tmp_
     assert {stage.key: stage.artefact for stage in store.stages()} == reference.artefacts
     store.close()
     matrix = call(*small.command(), "--runs", "elsewhere", "--format", "json")
-    assert json.loads(matrix.out) == [row.as_dict() for row in reference.rows]
+    assert [Row.from_dict(row) for row in json.loads(matrix.out)] == reference.rows
     assert ": ok, " not in matrix.err  # no stage was run
 
 
