@@ -29,7 +29,7 @@ from .inversions import invert, verdict
 from .job import Job, Tick, attack_state, require_finite, weights_of
 from .probes import embed, retune
 
-_CHUNK = 32 << 20  # bytes of images worked on at once
+_CHUNK = 33 << 20  # bytes of images worked on at once: above 32 MB glibc always gives freed memory back
 
 # ---------------------------------------------------------------- victims
 
