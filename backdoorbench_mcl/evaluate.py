@@ -23,7 +23,7 @@ FTR_MARGIN = 1.0  # points by which a repair may raise FTR and still call it a f
 ROBUST = 40.0  # accuracy under PGD-10, in %, from which on a surrogate is called robust (spec 4.4)
 ERASED = 0.1  # of the target-class accuracy before: below, a defense has deleted the class (spec 6.5)
 
-MARKS = ("asr_at_floor", "target_class_erased")
+MARKS = ("asr_at_floor", "target_class_erased")  # the keys of `marks`
 Gate = Literal["ok", "flagged", "weak", ""]
 Labels = npt.NDArray[Any]
 
@@ -140,7 +140,7 @@ def marks(row: Row) -> dict[str, bool | None]:
     known = row.asr is not None and row.ftr is not None
     floor = tied_at_floor(row) and not floor_raised(row.ftr, row.ftr_before)
     gone = None if row.tca is None or row.tca_before is None else target_class_erased(row.tca, row.tca_before)
-    return dict(zip(MARKS, (floor if known else None, gone), strict=True))
+    return {"asr_at_floor": floor if known else None, "target_class_erased": gone}
 
 
 def target_class_erased(tca: float | None, tca_before: float | None) -> bool:

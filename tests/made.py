@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,27 @@ def computed(by_target: Mapping[str, Sequence[Row]], stored: Sequence[Row] = ())
         mock.patch.dict(os.environ, COLUMNS="100"),
     ):
         yield
+
+
+PAPER: dict[str, Any] = {
+    "params": {"train": {"augment": "none"}, "defend": {"augment": "crop+flip"}}, "preset": "paper", "budget": "full",
+}  # fmt: skip
+
+
+def row(attack: str, defense: str, asr: float, ba: float, victim: int = 0, **more: Any) -> Row:
+    """A row that follows the printed protocol."""
+    return make(attack, defense, asr, ba, victim=victim, **{**PAPER, **more})
+
+
+def spread(
+    attack: str, defense: str, asr: float, ba: float, *, n: int = 5, wide: float = 0.3, **more: Any
+) -> list[Row]:
+    """n victims around two values; victims differ by the same amount in every defense, repairs by less."""
+    out = []
+    for v in range(n):
+        jitter = wide * (0.1 * math.sin(7 * v + len(defense)) + math.cos(v))
+        out.append(row(attack, defense, max(0.0, asr + jitter), ba + jitter, v, **more))
+    return out
 
 
 def reproduced(

@@ -119,6 +119,12 @@ def test_version(call: Call) -> None:
     assert (answer.status, answer.out, answer.err) == (0, f"bbmcl {__version__}\n", "")
 
 
+def test_the_package_is_the_command_too(toy_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "backdoorbench_mcl", "--version"]
+    done = subprocess.run(command, env=toy_env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"bbmcl {__version__}\n")
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD: dict[str, tuple[list[str], list[str]]] = {

@@ -144,7 +144,7 @@ def _varied(protocol: str, blocks: Sequence[Block]) -> list[Sweep]:
     rates = len({block.clean_rate for block in blocks} - {None}) > 1
     for block in blocks:
         rate = f"clean rate {100 * (block.clean_rate or 0):g} %"
-        for line, column, cell in _finished(block):
+        for line, column, cell in block.finished:
             if column.before:
                 before.setdefault(line.label, cell)
                 continue
@@ -159,15 +159,6 @@ def _varied(protocol: str, blocks: Sequence[Block]) -> list[Sweep]:
                     placed.setdefault(where, []).append((line.label, curve, Point(float(value), cell)))
     found = [Sweep(protocol, name, _curves(points), before) for name, points in placed.items()]
     return [sweep for sweep in found if sweep.curves]
-
-
-def _finished(block: Block) -> list[tuple[Line, Column, Cell]]:
-    return [
-        (line, column, cell)
-        for line in block.lines
-        for cell, column in zip(line.cells, block.columns, strict=True)
-        if cell is not None and cell.ok
-    ]
 
 
 def _curves(placed: Sequence[tuple[str, str, Point]]) -> dict[str, dict[str, list[Point]]]:

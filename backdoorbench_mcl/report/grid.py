@@ -134,6 +134,16 @@ class Block:
         return ", ".join(part for part in parts if part)
 
     @property
+    def finished(self) -> list[tuple[Line, Column, Cell]]:
+        """The cells of which a run has finished, with where they stand."""
+        return [
+            (line, column, cell)
+            for line in self.lines
+            for cell, column in zip(line.cells, self.columns, strict=True)
+            if cell is not None and cell.ok
+        ]
+
+    @property
     def rows(self) -> list[Row]:
         """Every run in the block."""
         return [row for line in self.lines for cell in line.cells if cell for row in cell.runs]

@@ -45,7 +45,7 @@ def sheets(blocks: Sequence[Block], against: str | None = None, predictions: Pre
     """
     out = []
     for block in blocks:
-        if any(len(cell.ok) > 1 for _, _, cell in _cells(block)):
+        if any(len(cell.ok) > 1 for _, _, cell in block.finished):
             out.append(_spread(block))
         reference = _reference(block, against)
         if reference is not None:
@@ -67,12 +67,12 @@ def _reference(block: Block, against: str | None) -> Column | None:
 def _spread(block: Block) -> Sheet:
     """A line per cell: number of victims and runs, and for each metric mean, sd, range, interval."""
     body = []
-    for line, column, cell in _cells(block):
+    for line, column, cell in block.finished:
         asr, *others = (_summary(statistics.summary(nested(cell.ok, name))) for name, _ in METRICS)
         numbers = (asr + notes.asr_marks(cell), *others)
         n = f"{_victims(cell)} x {_draws(cell)}" + (f" ({cell.tag})" if cell.tag else "")
         body.append((notes.attack(line), notes.heading(column), n, *numbers))
-    cells = [cell for _, _, cell in _cells(block)]
+    cells = [cell for _, _, cell in block.finished]
     victims = {_victims(cell) for cell in cells}
     below = []
     if min(victims) < statistics.MIN_VICTIMS:
@@ -89,15 +89,6 @@ def _spread(block: Block) -> Sheet:
         f"Spread: {block.title}", ("attack", "defense", "n", *(title for _, title in METRICS)), tuple(body), 2,
         ("n: victims x defense seeds. mean ± sd over victims (over draws where there is one victim).", *below),
     )  # fmt: skip
-
-
-def _cells(block: Block) -> list[tuple[Line, Column, Cell]]:
-    return [
-        (line, column, cell)
-        for line in block.lines
-        for cell, column in zip(line.cells, block.columns, strict=True)
-        if cell is not None and cell.ok
-    ]
 
 
 def _victims(cell: Cell) -> int:

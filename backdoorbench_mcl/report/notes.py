@@ -218,15 +218,12 @@ def details(block: Block) -> list[list[str]]:
     s: seconds of the cell alone; s+: with the stages that it shares with others (inversion).
     """
     out = []
-    for line in block.lines:
-        for cell, column in zip(line.cells, block.columns, strict=True):
-            if cell is None or not cell.ok:
-                continue
-            steps = _RETUNED_CLEAN_FIELDS if column.before else _RETUNED_FIELDS
-            names = (*_FIELDS, *(steps if retuned(block) else ()))
-            numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in names]
-            numbers[0] += asr_marks(cell)
-            out.append([attack(line), heading(column), *numbers])
+    for line, column, cell in block.finished:
+        steps = _RETUNED_CLEAN_FIELDS if column.before else _RETUNED_FIELDS
+        names = (*_FIELDS, *(steps if retuned(block) else ()))
+        numbers = [_number(cell.mean(name), seconds=name.startswith("seconds")) for name in names]
+        numbers[0] += asr_marks(cell)
+        out.append([attack(line), heading(column), *numbers])
     return out
 
 

@@ -1,0 +1,314 @@
+"""How the paper's claims are judged, and what proves nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from made import PAPER, row, spread
+
+from backdoorbench_mcl.report import claims, inference, paper, sheets
+from backdoorbench_mcl.report.grid import build
+from backdoorbench_mcl.rows import Row
+
+
+def table1(worse: str = "") -> list[Row]:
+    """Five attacks x five defenses as the paper claims them; `worse`: an attack on which mcldef is beaten."""
+    rows = []
+    for attack in claims.CIFAR:
+        rows += spread(attack, "before", 99.0, 83.0)
+        for i, rival in enumerate(claims.RIVALS):
+            rows += spread(attack, rival, 6.0 + i, 78.0 + 0.1 * i)
+        rows += spread(attack, "mcldef", 9.5 + 3 if attack == worse else 3.5, 81.0, tca=76.0)
+    return rows
+
+
+def verdict(rows: list[Row], claim: str) -> claims.Finding:
+    dataset = "shapes" if all(one.toy for one in rows) else "cifar10"
+    return next(finding for finding in claims.judge(rows, dataset) if finding.claim == claim)
+
+
+def test_claims_that_hold() -> None:
+    found = {finding.claim: finding.verdict for finding in claims.judge(table1())}
+    assert found["C1"] == "reproduced"
+    assert found["C2"] == "reproduced"
+    assert found["C10"] == "inconclusive"  # no spread of TCA over victims: nothing to test against
+    assert found["C4"] == found["C9"] == found["C3"] == "not run"
+
+
+def test_one_attack_is_enough_to_refute() -> None:
+    found = verdict(table1(worse="cl"), "C1")
+    assert found.verdict == "not reproduced"
+    assert "not: cl, ASR below ft: -6" in found.evidence
+    assert found.evidence.startswith("16 of 20 as claimed, 16 of them significantly")
+
+
+def test_a_missing_attack_leaves_a_claim_open() -> None:
+    rows = [r for r in table1() if r.attack != "sig"]
+    found = verdict(rows, "C1")
+    assert found.verdict == "inconclusive"
+    assert "4 of 20 comparisons have not been run" in found.evidence
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"budget": "mid"}, "scaled protocol (budget mid)"),
+        ({"toy": True, "dataset": "shapes"}, "toy data set"),
+        ({"overrides": ("mcldef.temperature=0.1",)}, "departs from the protocol"),
+        ({"preset": "clean"}, "departs from the protocol: preset clean"),
+    ],
+)
+def test_another_protocol_gives_no_verdict(change: dict[str, Any], says: str) -> None:
+    found = verdict([replace(r, **change) for r in table1()], "C1")
+    assert found.verdict == "no verdict"
+    assert found.evidence.startswith(says)
+
+
+def test_rows_of_two_protocols_are_no_sample() -> None:
+    mixed = [replace(r, preset="authors") if r.victim_seed == 0 else r for r in table1()]
+    found = verdict(mixed, "C1")
+    assert (found.verdict, found.evidence.partition(";")[0]) == ("no verdict", "rows of several protocols")
+    both = [row("badnets", "mcldef", 2.0, 81.0), row("badnets", "mcldef", 9.0, 70.0, preset="authors")]
+    assert [sheet.title.partition("preset ")[2][:7] for sheet in paper.sheets(both, 1)] == ["paper, ", "authors"]
+    assert [sheet.body[0][3] for sheet in paper.sheets(both, 1)] == ["2.00≈", "9.00"]
+
+
+def test_what_a_claim_does_not_look_at_cannot_forbid_it() -> None:
+    aside = [row("badnets", "mcldef", 50.0, 50.0, model="resnet18", budget="mid"),
+             row("none", "ft", 1.0, 80.0, overrides=("ft.lr=1",), budget="quick")]  # fmt: skip
+    assert verdict([*table1(), *aside], "C1").verdict == "reproduced"
+
+
+def test_few_victims_give_no_verdict() -> None:
+    found = verdict([r for r in table1() if r.victim_seed < 1], "C1")
+    assert found.verdict == "no verdict"
+    assert found.evidence.startswith("n = 1: fewer than 5 victims")
+    assert "20 of 20 as claimed" in found.evidence
+    assert found.details[0].startswith("badnets, ASR below ft:")
+
+
+def test_an_erased_class_wins_nothing() -> None:
+    rows = [replace(r, tca=1.0) if r.defense == "mcldef" else r for r in table1()]
+    found = verdict(rows, "C1")
+    assert found.verdict == "no verdict"  # nothing is left to compare
+    assert "target class erased" in found.evidence
+
+
+def test_cells_at_their_floor_are_tied() -> None:
+    rows = [replace(r, asr=1.0, asr_k=90, asr_n=9000) if r.defense in ("mcldef", "nc") else r for r in table1()]
+    found = verdict(rows, "C1")
+    assert "badnets, ASR below nc: tied at the floor" in found.evidence
+    assert found.verdict == "inconclusive"
+
+
+def test_a_model_that_says_the_target_always_is_not_at_its_floor() -> None:
+    rows = [
+        replace(r, asr=100.0, asr_k=9000, asr_n=9000, ftr=100.0, ftr_k=9000, ftr_n=9000, ftr_before=2.0)
+        if r.defense == "mcldef" else r for r in table1()
+    ]  # fmt: skip
+    assert verdict(rows, "C1").verdict == "not reproduced"
+    assert "tied" not in verdict(rows, "C1").evidence
+
+
+def test_augmentation_is_a_difference_in_differences() -> None:
+    none = {"params": {"train": {"augment": "none"}, "defend": {"augment": "none"}}, "key": None}
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, with_, without in (("ft", 10.0, 90.0), ("nad", 6.0, 50.0), ("mcldef", 2.0, 2.2)):
+            rows += spread(attack, defense, with_, 80.0)
+            rows += [replace(r, key=f"{r.key}none") for r in
+                     spread(attack, defense, without, 80.0, wide=1.0, params=none["params"])]  # fmt: skip
+    found = verdict(rows, "C5")
+    assert found.verdict == "reproduced"
+    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.details[0]
+
+
+def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
+    rows = []
+    for attack in claims.CIFAR:
+        for tau, asr, ba in ((0.1, 1.0, 79.0), (0.5, 2.0, 80.0), (1, 4.0, 82.0)):
+            rows += spread(attack, f"mcldef(temperature={tau})", asr, ba, wide=0.1 * len(str(tau)))
+    found = verdict(rows, "C9")
+    assert found.verdict == "reproduced"
+    assert "badnets, ASR at 0.1 below 1: +3" in found.details[0]
+
+
+def test_little_clean_data() -> None:
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, asr, ba in (("ft", 90.0, 70.0), ("nad", 80.0, 71.0), ("ibau", 85.0, 69.0), ("nc", 9.0, 70.0),
+                                 ("mcldef", 5.0, 72.0)):  # fmt: skip
+            rows += spread(attack, defense, asr, ba, clean_rate=0.01)
+    assert verdict(rows, "C7").verdict == "reproduced"
+    spared = [replace(r, asr=10.0) if r.defense == "ft" else r for r in rows]
+    assert verdict(spared, "C7").verdict != "reproduced"
+
+
+def test_the_third_stage_has_to_beat_its_control() -> None:
+    def judged(control: float) -> claims.Finding:
+        rows = []
+        for attack in claims.CIFAR:
+            rows += spread(attack, "mcldef", 2.0, 80.0)
+            for defense, ba in (("mcldef", 78.0), ("mcldef+", 82.0), (claims.CONTROL, control), ("ft", 86.0),
+                                ("nad", 87.0), ("nc", 88.0)):  # fmt: skip
+                rows += spread(attack, defense, 2.0, ba, clean_rate=0.2, wide=0.5)
+        return verdict(rows, "C8")
+
+    assert judged(79.0).verdict == "reproduced"
+    assert judged(84.0).verdict == "not reproduced"
+    assert "badnets, BA of mcldef+ above mcldef+(stage=contrast): -1.96" in judged(84.0).evidence
+
+
+def test_the_target_class_is_spared_within_the_margin_only() -> None:
+    def changed(change: float) -> list[Row]:
+        return [
+            replace(r, tca=76.9 + change + 0.1 * np.cos(r.victim_seed)) if r.defense == "mcldef" else r
+            for r in table1()
+        ]
+
+    assert verdict(changed(-0.5), "C10").verdict == "reproduced"
+    assert verdict(changed(+0.5), "C10").verdict == "reproduced"
+    assert verdict(changed(-28.0), "C10").verdict == "not reproduced"
+    assert verdict(changed(-2.0), "C10").verdict == "inconclusive"
+
+
+def test_the_sheet_of_claims() -> None:
+    sheet = claims.sheet([], table1(worse="cl"), ["C1", "C9"])
+    assert sheet.title == "Claims: cifar10, preset paper, budget full, fp32"
+    assert [(line[0], line[2]) for line in sheet.body] == [("C1", "not reproduced"), ("C9", "not run")]
+    assert len(sheet.below) == 1
+    assert sheets.as_text([sheet], 100).startswith("Claims")
+
+
+# ---------------------------------------------------------------- what proves nothing
+
+
+def failed(one: Row, state: Any = "diverged", **more: Any) -> Row:
+    return replace(one, state=state, reason="x", asr=None, ba=None, ba_nt=None, tca=None, **more)
+
+
+def test_runs_that_failed_prove_nothing() -> None:
+    rows = [failed(r) if r.defense == "mcldef" and r.attack == "cl" and r.victim_seed == 3 else r for r in table1()]
+    found = verdict(rows, "C1")
+    assert found.verdict == "inconclusive"
+    assert "cl, ASR below ft: 4 of 5 runs finished" in found.evidence
+    (compared,) = [c for c in paper.compare(rows, 1) if (c.printed.attack, c.printed.defense) == ("CL", "MCLDef")]
+    assert (compared.asr_word, compared.ba_word, compared.why) == ("", "", "4 of 5 runs finished")
+    tests = inference.sheets(build([r for r in rows if r.attack == "cl"]), against="mcldef")[-1]
+    assert {line[2] for line in tests.body} == {"4/5"}
+    assert any("k/n: runs that finished" in text for text in tests.below)
+
+
+def test_victims_under_the_gate_are_told() -> None:
+    rows = [failed(r, "n/a", gate="weak") if r.attack == "sig" and r.victim_seed > 2 and r.defense != "before" else r
+            for r in table1()]  # fmt: skip
+    found = verdict(rows, "C1")
+    assert found.verdict == "inconclusive"
+    assert "sig, ASR below nad: 3 of 5 runs finished, 2 held back by the gate" in found.evidence
+
+
+def test_a_flagged_attack_proves_nothing() -> None:
+    rows = [replace(r, gate="flagged") for r in table1()]
+    found = verdict(rows, "C1")
+    assert found.verdict == "no verdict"
+    assert found.evidence.startswith("nothing could be compared; ")
+    tests = inference.sheets(build(rows))[-1]
+    assert {line[2] for line in tests.body} == {"° flagged"}
+
+
+def test_an_erased_class_wins_no_claim() -> None:
+    none = {"train": {"augment": "none"}, "defend": {"augment": "none"}}
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, with_, without in (("ft", 10.0, 90.0), ("nad", 6.0, 50.0), ("mcldef", 2.0, 2.2)):
+            tca = 0.1 if defense == "mcldef" else 70.0
+            rows += spread(attack, defense, with_, 80.0, tca=tca)
+            rows += [replace(r, key=f"{r.key}none") for r in
+                     spread(attack, defense, without, 80.0, wide=1.0, params=none, tca=tca)]  # fmt: skip
+    assert verdict(rows, "C5").verdict == "no verdict"
+    little = []
+    for attack in claims.CIFAR:
+        for defense, asr, ba in (("ft", 90.0, 70.0), ("nad", 80.0, 71.0), ("ibau", 85.0, 69.0), ("nc", 9.0, 70.0),
+                                 ("mcldef", 5.0, 72.0)):  # fmt: skip
+            tca = 0.0 if defense in ("nc", "mcldef") else 70.0
+            little += spread(attack, defense, asr, ba, clean_rate=0.01, tca=tca)
+    found = verdict(little, "C7")
+    assert found.verdict == "inconclusive"
+    assert "badnets, mcldef costs BA: target class erased" in found.evidence
+
+
+def test_a_class_that_is_gone_is_not_spared() -> None:
+    rows = [replace(r, tca=0.1 * abs(np.cos(r.victim_seed))) if r.defense == "mcldef" else r for r in table1()]
+    assert verdict(rows, "C10").verdict == "not reproduced"
+
+
+def test_that_a_class_is_spared_is_tested_from_both_sides() -> None:
+    changes = (-0.1, -0.5, -1.0, -1.5, -1.9)  # TOST within 2 points: p 0.03 on each attack, and all must hold
+    rows = [replace(r, tca=76.9 + changes[r.victim_seed]) if r.defense == "mcldef" else r for r in table1()]
+    found = verdict(rows, "C10")
+    assert found.verdict == "reproduced"
+    assert found.details[0].startswith("badnets, change of TCA: -1.00 (p 0.0")
+
+
+def test_nan_is_a_missing_value() -> None:
+    rows = [replace(r, ba=float("nan"), asr=float("nan")) if r.defense == "ft" and r.victim_seed == 0 else r
+            for r in table1()]  # fmt: skip
+    for finding in claims.judge(rows):
+        assert finding.verdict != "not reproduced"
+    assert inference.sheets(build(rows))
+
+
+def test_an_experiment_in_the_same_folder_is_no_evidence() -> None:
+    own = table1()
+    other = [replace(r, key=f"{r.key} other", asr=60.0, overrides=("mcldef.temperature=0.1",)) for r in own
+             if r.defense == "mcldef"]  # fmt: skip
+    faster = [replace(r, key=f"{r.key} fp32", asr=60.0, precision="fp32") for r in own]
+    gtsrb = [replace(r, key=f"{r.key} g", dataset="gtsrb(split=final)") for r in own]
+    sheet = claims.sheet([*own, *other, *faster, *gtsrb], own, ["C1", "C3"])
+    assert [line[2] for line in sheet.body] == ["reproduced", "not run"]
+    assert claims.fitting([*own, *other, *faster, *gtsrb], own) == own
+    four = [replace(r, key=f"{r.key} 4", overrides=("defend.augment=none",), victim_seed=r.victim_seed,
+                    params={"train": {"augment": "none"}, "defend": {"augment": "none"}}) for r in own]  # fmt: skip
+    assert claims.fitting([*own, *four], own) == [*own, *four]  # another target of the same protocol
+
+
+def test_the_toy_is_judged_by_its_own_rows() -> None:
+    toy = [replace(r, key=f"{r.key} toy", toy=True, dataset="shapes") for r in table1(worse="cl")]
+    sheet = claims.sheet([*table1(), *toy], toy, ["C1"])
+    assert sheet.title.startswith("Claims: shapes")
+    assert sheet.body[0][2] == "no verdict"
+    assert "16 of 20 as claimed" in sheet.below[0]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"params": {**PAPER["params"], "exclude_poisoned": True}}, "--exclude-poisoned"),
+        ({"data": "JPEG; 50000 train + 10000 test images"}, "JPEG copies"),
+        ({"dataset": "cifar10(download=true)"}, "cifar10(download=true) instead of cifar10"),
+        ({"overrides": ("train.epochs=100", "cl.place=centre")}, "--set"),
+    ],
+)
+def test_other_departures_give_no_verdict(change: dict[str, Any], says: str) -> None:
+    rows = [replace(r, **change) for r in table1()]
+    assert says in paper.departure(rows[0], 1)
+    found = verdict(rows, "C1")
+    assert (found.verdict, says in found.evidence) == ("no verdict", True)
+
+
+def test_two_results_for_one_seed_prove_nothing() -> None:
+    rows = [*table1(), *[replace(r, key=f"{r.key} again") for r in table1() if r.defense == "nc"]]
+    assert "ASR below nc: two results for one seed" in verdict(rows, "C1").evidence
+
+
+def test_one_floor_rule_for_table_and_claims() -> None:
+    rows = []
+    for one in table1():
+        if one.defense in ("mcldef", "nc"):
+            ftr = 3.2 if one.victim_seed == 0 else 2.0  # one run alone raised its floor by more than a point
+            one = replace(one, asr=1.0, asr_k=90, asr_n=9000, ftr=ftr, ftr_k=round(90 * ftr), ftr_before=2.0)
+        rows.append(one)
+    assert "badnets, ASR below nc: tied at the floor" in verdict(rows, "C1").evidence
