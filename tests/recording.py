@@ -217,7 +217,6 @@ def _far(was: Recording, now: Recording, points: Mapping[str, float]) -> Iterato
         return
     if was["gate"] != now["gate"]:
         yield f"gate {was['gate']!r} -> {now['gate']!r}"
-    was = {"tca_n": now["tca_n"], **was}  # older recordings lack it; the test images are the same
     for name in SHARES:
         old, new = _percent(was, name), _percent(now, name)
         if (old is None) != (new is None):
