@@ -8,7 +8,7 @@ device: it is handed `rng` (a CPU generator, so that draws agree on every device
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -17,79 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AccessDenied, Diverged, NotApplicable, PluginError, UserError
+from .images import Augment, Batch, Images, joins
 from .method import Count, Ge, Gt, Interval, Knowledge, Label, Le, Lt, Method, NonNegative, Positive, Rate, Selector
 from .rows import Row
 from .triggers import Location, MaskPattern, State, Trigger, TrueTrigger, Verdict
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 Augmentation = Literal["none", "crop", "flip", "crop+flip", "resized-crop", "resized-crop+flip"]
-
-
-# ---------------------------------------------------------------- images
-
-
-class Batch(NamedTuple):
-    """x: float32 (B, C, H, W) in [0, 1] on the device; y: int64 (B,) on the device; index: int64 (B,) on the CPU."""
-
-    x: Tensor
-    y: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field's term; tuple.index is of no use here
-
-
-def _joins(images: int, size: int) -> bool:
-    """Whether batches of `size` leave a single image over, and others before it."""
-    return images > size > 1 and images % size == 1
-
-
-class Images:
-    """Labelled images. x: uint8 (N, C, H, W); y: int64 (N,), all -1 where labels were not granted.
-
-    Raises ValueError when shapes or dtypes differ. Example: `Images(x, y).batches(64, rng, augment)`.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        if x.dtype != torch.uint8 or x.ndim != 4:
-            raise ValueError(f"images: expected uint8 (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
-        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"labels: expected int64 ({len(x)},), got {y.dtype} {tuple(y.shape)}")
-        self.x = x
-        self.y = y
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the images at `index` (int64 or bool) and of their labels, in that order."""
-        there = index.to(self.x.device)
-        return self.x[there], self.y[there.to(self.y.device)]
-
-    def subset(self, index: Tensor) -> Images:
-        """The images at `index` (int64 or bool), in that order."""
-        return Images(*self.take(index))
-
-    def to(self, device: torch.device | str) -> Images:
-        """The same images on `device`."""
-        return Images(self.x.to(device), self.y.to(device))
-
-    def batches(
-        self, size: int, rng: torch.Generator | None = None, augment: Augment | None = None, *, lone: bool = True
-    ) -> Iterator[Batch]:
-        """One pass in batches of `size`, the last one shorter: in random order with `rng`, else in storage order.
-
-        `augment(x_u8, rng) -> x_u8` sees uint8 batches and needs `rng`. An epoch is an index permutation; the
-        images stay where they are. lone=False: a last batch of a single image joins the one before it.
-        """
-        if augment is not None and rng is None:
-            raise ValueError("augmentation needs rng")
-        order = torch.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng)
-        parts = list(order.split(size))
-        if not lone and _joins(len(self), size):
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for index in parts:
-            x, y = self.take(index)  # (B, C, H, W) uint8, (B,)
-            if augment is not None and rng is not None:
-                x = augment(x, rng)
-            yield Batch(x.float().div_(255.0), y, index)
 
 
 # ---------------------------------------------------------------- classifiers
@@ -253,7 +186,7 @@ class Recipe(Method):
         """SGD steps on `images` images, the last partial batch of an epoch kept unless it is a single image."""
         if self.steps is not None:
             return self.steps
-        return self.epochs * (-(-images // self.batch) - _joins(images, self.batch))
+        return self.epochs * (-(-images // self.batch) - joins(images, self.batch))
 
     def lr_at(self, step: int, total: int) -> float:
         """Learning rate of step 0 .. total-1; a milestone m takes effect at step round(m * total)."""
@@ -278,6 +211,10 @@ class Snapshot(Protocol):
 
 def _unrecorded(name: str, step: int, value: float) -> None:
     """Where nobody draws curves."""
+
+
+def _not_here() -> Classifier:
+    raise PluginError("this context cannot make a fresh network")
 
 
 @dataclass(frozen=True)
@@ -338,12 +275,17 @@ class InverterContext(Context):
 @dataclass(frozen=True)
 class DefenseContext(Context):
     """For `Defense.defend`. clean: the clean images (labels -1 unless `uses_labels`); needs: the stages declared, of
-    the types that `Need` names.
+    the types that `Need` names; fresh: makes an untrained network of the victim's architecture on the device, with
+    the same weights at every call, for defenses that train their own.
+
+    granted, as declared in `knows`: `target`, the label; `suspect`, the poisoned training set as Images on the CPU, in
+    random order, all labels as the attacker left them.
     """
 
     clean: Images
     needs: Mapping[str, Any]
     granted: Granted
+    fresh: Callable[[], Classifier] = field(default=_not_here, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -388,11 +330,15 @@ class Goal(NamedTuple):
 class Attack(Method):
     """Poisons training data and stamps test images. `target` is the one target label, None for all-to-all.
 
+    controls: "data", as of the paper's attackers, or "training" of one who hands over the finished model: it overrides
+    `train` in place of `poison`, and tables say so.
+
     ablation: parameters that take away what is special about the attack, which makes it its own control; tables tell
     the ASR that is left. Example: `{"eps": 0.0}` of `cl`, whose images are then not perturbed.
     """
 
     target: int | None = None
+    controls: ClassVar[Literal["data", "training"]] = "data"
     ablation: ClassVar[Mapping[str, Any]] = {}
 
     def needs(self) -> Mapping[str, Need]:
@@ -403,9 +349,17 @@ class Attack(Method):
         """Everything random or optimised about the trigger; nothing by default."""
         return State()
 
-    @abstractmethod
     def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:
-        """The poisoned training images, as an overlay; never a copy of the data set."""
+        """The poisoned training images, as an overlay; never a copy of the data set. Required with controls "data"."""
+        raise PluginError(f"{self.name}: an attack that controls the data must override poison()")
+
+    def train(self, model: Classifier, state: State, ctx: AttackContext) -> State:
+        """Train the fresh `model` in place, by ctx.recipe on ctx.train and whatever the attacker makes of it.
+
+        Required with controls "training". The model comes in train mode on ctx.device, ctx.train is on the CPU. Returns
+        what `stamp` and `goal` read from then on: `state`, or what the training made of it.
+        """
+        raise PluginError(f"{self.name}: an attack that controls the training must override train()")
 
     @abstractmethod
     def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
@@ -452,6 +406,20 @@ class Inverter(Method):
 # ---------------------------------------------------------------- defenses
 
 
+class Repaired(NamedTuple):
+    """A repair that weights alone do not tell: layers put in, channels masked, another network.
+
+    rebuild: `"module:function"` of an importable `function(model, **params) -> Classifier`, which gets an untrained
+    network of the victim's architecture in eval mode and returns one that computes what `model` computes, once the
+    weights of `model` are loaded into it. It runs wherever the model is used, beside nothing but the weights. Rows say
+    "custom inference". params: JSON values. Example: `Repaired(model, "backdoorbench_mcl.kit:masked", {"masks": ...})`
+    """
+
+    model: Classifier
+    rebuild: str
+    params: Mapping[str, Any]
+
+
 class Defense(Method):
     """Repairs a victim with a few clean images. The harness alone judges the result."""
 
@@ -470,14 +438,16 @@ class Defense(Method):
         return {}
 
     @abstractmethod
-    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
-        """The victim (its own to change, on ctx.device) -> a classifier with the same state-dict keys and shapes."""
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier | Repaired:
+        """The victim (its own to change, on ctx.device) -> a classifier with the same state-dict keys and shapes, or
+        one of another architecture with the way to build it again.
+        """
 
 
 __all__ = [
     "AccessDenied", "Attack", "AttackContext", "Augment", "Augmentation", "Batch", "Classifier", "Context", "Count",
     "Dataset", "Defense", "DefenseContext", "Diverged", "Ge", "Goal", "Granted", "Gt", "Images", "Interval",
     "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Location", "Lt", "MaskPattern", "Method", "Model",
-    "Need", "NonNegative", "NotApplicable", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Row",
-    "Selector", "Snapshot", "Source", "State", "Trigger", "TrueTrigger", "UserError", "Verdict",
+    "Need", "NonNegative", "NotApplicable", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Repaired",
+    "Row", "Selector", "Snapshot", "Source", "State", "Trigger", "TrueTrigger", "UserError", "Verdict",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from .errors import UserError
 Role = Literal[
     "poison",
     "trigger",
+    "suspect",
     "init",
     "order",
     "split",

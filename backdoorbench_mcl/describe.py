@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ BASES: Mapping[str, type[Method]] = {
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "attack": ("model",), "inverter": ("trigger",), "defense": ("trigger", "verdict", "result"),
 }  # fmt: skip
+CONTROLS = typing.get_args(typing.get_type_hints(api.Attack)["controls"].__args__[0])
 SURROGATES = ("natural", "robust")  # recipes of clean models that an attack may need
 
 
@@ -45,6 +47,11 @@ def load_class(target: str, kind: str) -> type[Method]:
             f"{target} is no {base.__name__}; derive the class from backdoorbench_mcl.api.{base.__name__}"
         )
     missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if issubclass(found, api.Attack):
+        if found.controls not in CONTROLS:
+            raise PluginError(f"{target}: controls is {found.controls!r}, expected one of {', '.join(CONTROLS)}")
+        own = "train" if found.controls == "training" else "poison"
+        missing += [own] if getattr(found, own) is getattr(api.Attack, own) else []
     if missing:
         raise PluginError(f"{target} lacks {', '.join(missing)}()")
     return found
@@ -74,7 +81,9 @@ def describe(request: Mapping[str, Any]) -> dict[str, Any]:
         "repr": repr(method),
     }
     if isinstance(method, api.Attack):
-        out["attack"] = {"target": method.target, "control": _control(method, request)}
+        out["attack"] = {
+            "target": method.target, "control": _control(method, request), "controls": method.controls,
+        }  # fmt: skip
     elif isinstance(method, api.Dataset):
         out["dataset"] = {"budget": method.budget, "toy": method.toy}
     if isinstance(method, (api.Attack, api.Inverter, api.Defense)):

@@ -4,12 +4,14 @@
 |-----------|-----------------------------------------------------------------------------------------------------|
 | surrogate | a pointer to the prepared data set (the attacker controls the training data)                        |
 | train     | the same pointer, and the weights of the surrogates that it needs                                   |
+| suspect   | the same again, and what the attack prepared for this victim                                        |
 | trial     | the same pointer, and what the attack prepared for this victim                                      |
 | verdict   | the victim's weights, the clean images without labels                                               |
 | invert    | the same, and the target label, or the labels that a verdict flagged; of what the inverter declared |
 |           | in `knows` the values: the place of the patch, or the attack itself with what it prepared           |
 | defend    | the victim's weights, the clean images (labels only if it uses them), the stages that it needs, and |
-|           | of what it declared in `knows` the values; never the poison indices or a test image                 |
+|           | of what it declared in `knows` the values: the target label, the poisoned training set in random     |
+|           | order; never the poison indices or a test image                                                     |
 | retune    | a repaired model's weights, a few triggered test images with the attacker's labels, their clean     |
 |           | twins with the true ones                                                                            |
 | predict   | a model's weights and one shuffled array of images, clean and triggered, without labels or flags    |
@@ -40,6 +42,7 @@ from .store import Store
 ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the seed of another would tell about it
     "surrogate": ("init", "order"),
     "train": ("init", "trigger", "poison", "order"),
+    "suspect": ("init", "trigger", "poison", "suspect"),
     "trial": ("init", "stamp"),
     "verdict": ("init", "invert", "stamp"),
     "invert": ("init", "invert", "stamp"),
@@ -51,9 +54,11 @@ ROLES: Mapping[Kind, tuple[cells.Role, ...]] = {  # the draws of each job; the s
 POISON_INDEX = "poison_index"  # in what an attack left: which training images it changed
 _CHUNK = 256  # triggered images copied at a time
 EMBEDDED = 5000  # points of an embedding at most (spec 10)
-LONG: frozenset[Kind] = frozenset({"surrogate", "train", "verdict", "invert", "defend"})  # jobs that leave snapshots
+LONG: frozenset[Kind] = frozenset(
+    {"surrogate", "train", "suspect", "verdict", "invert", "defend"}
+)  # jobs that leave snapshots
 GRANTABLE: Mapping[str, frozenset[str]] = {
-    "inverter": frozenset({"target", "location", "trigger"}), "defense": frozenset({"target"}),
+    "inverter": frozenset({"target", "location", "trigger"}), "defense": frozenset({"target", "suspect"}),
 }  # fmt: skip
 
 
@@ -115,10 +120,24 @@ class Grants:
         self._point_to_data(spec)
         self._needs(node.methods["attack"], inputs, into, spec)
 
+    def _suspect(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        self._train(node, inputs, into, spec)
+        self._attack(inputs, into, spec)
+
     def _trial(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         self._point_to_data(spec)
+        self._attack(inputs, into, spec)
+
+    def _attack(self, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
+        """What the attack prepared for a victim."""
         shutil.copyfile(inputs["victim"] / "attack.safetensors", into / "attack.safetensors")
         spec["attack_meta"] = artefacts.read_meta(inputs["victim"])["attack"]
+
+    def _model(self, source: Path, into: Path, spec: dict[str, Any], name: str = "weights") -> None:
+        """The weights of a stage, and how its network is built again where a repair changed it."""
+        shutil.copyfile(source / "weights.safetensors", into / f"{name}.safetensors")
+        if (how := artefacts.read_meta(source).get("rebuild")) is not None:
+            spec.setdefault("rebuild", {})[name] = how
 
     def _invert(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         inverter = node.methods["inverter"]
@@ -154,6 +173,9 @@ class Grants:
         shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "weights.safetensors")
         self._clean(node, inputs["victim"], into, labels=bool(defense.uses_labels))
         spec["grants"] = {"target": node.target} if "target" in defense.knows else {}
+        if "suspect" in defense.knows:
+            shutil.copyfile(inputs["suspect"] / "suspect.safetensors", into / "suspect.safetensors")
+            spec["grants"]["suspect"] = "suspect.safetensors"
         self._needs(defense, inputs, into, spec)
 
     def _needs(self, method: Described, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
@@ -165,11 +187,11 @@ class Grants:
             told = {"kind": need["kind"]}
             if need["kind"] == "verdict":
                 told["verdict"] = {field: meta[field] for field in ("flagged", "index", "norms")}
-            else:
-                part = "trigger" if need["kind"] == "trigger" else "weights"
-                shutil.copyfile(source / f"{part}.safetensors", into / f"{NEED}{name}.safetensors")
-            if need["kind"] == "trigger":
+            elif need["kind"] == "trigger":
+                shutil.copyfile(source / "trigger.safetensors", into / f"{NEED}{name}.safetensors")
                 told.update({field: meta[field] for field in ("class", "labels", "modules", "detected")})
+            else:
+                self._model(source, into, spec, NEED + name)
             spec["needs"][name] = told
 
     def clean_index(self, node: Node, victim: Path) -> NDArray[np.int64]:
@@ -185,7 +207,7 @@ class Grants:
         save_file({"x": np.ascontiguousarray(x[index]), "y": y}, into / "clean.safetensors")
 
     def _predict(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
-        shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
+        self._model(inputs["weights"], into, spec)
         clean, _ = datacache.open_split(self.data, "test")
         order = self.shuffle(node)
         shuffled = np.lib.format.open_memmap(
@@ -201,7 +223,7 @@ class Grants:
         shuffled.flush()
 
     def _retune(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
-        shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
+        self._model(inputs["weights"], into, spec)
         clean, y = datacache.open_split(self.data, "test")
         with safe_open(inputs["trial"] / "trial.safetensors", "np") as trial:
             counted = np.flatnonzero(trial.get_tensor("counted"))
@@ -216,8 +238,8 @@ class Grants:
 
     def _embed(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         """A fifth of the clean test images of each class (spec 10), half as many triggered ones and their twins."""
-        shutil.copyfile(inputs["weights"] / "weights.safetensors", into / "weights.safetensors")
-        shutil.copyfile(inputs["victim"] / "weights.safetensors", into / "victim.safetensors")
+        self._model(inputs["weights"], into, spec)
+        self._model(inputs["victim"], into, spec, "victim")
         x, y = datacache.open_split(self.data, "test")
         labels = np.array(y)
         most = 2 * EMBEDDED // 3 // self.data.classes

@@ -65,10 +65,32 @@ class Job:
         return model.to(self.device).to(memory_format=torch.channels_last).eval()
 
     def victim(self, file: str = "weights") -> api.Classifier:
-        """The network with the weights of `in/<file>.safetensors`."""
+        """The network with the weights of `in/<file>.safetensors`, built again where a repair changed it."""
         model = self.classifier()
+        if (how := self.spec.get("rebuild", {}).get(file)) is not None:
+            model = self.rebuilt(model, how["function"], how["params"])
         model.load_state_dict(load_file(self.folder / "in" / f"{file}.safetensors"))
         return model
+
+    def rebuilt(self, model: api.Classifier, function: str, params: Mapping[str, Any]) -> api.Classifier:
+        """What a repair's `rebuild` makes of an untrained `model`, in eval mode on the device."""
+        module, _, name = function.partition(":")
+        try:
+            build = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise PluginError(
+                f"rebuild {function!r} cannot be imported ({error}); expected 'package.module:function'"
+            ) from error
+        made = build(model, **params)
+        if not isinstance(made, api.Classifier):
+            raise PluginError(f"rebuild {function} returned {type(made).__name__}, expected a Classifier")
+        made.precision = self.spec["precision"]
+        return made.to(self.device).to(memory_format=torch.channels_last).eval()
+
+    def fresh(self) -> api.Classifier:
+        """An untrained network of the architecture, without a trace in the global generator."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            return self.classifier()
 
     def needs(self) -> dict[str, Any]:
         """The stages that the method asked for, as the types that `api.Need` names."""
@@ -147,6 +169,11 @@ def attack_state(job: Job) -> api.State:
     return api.State(state, job.spec["attack_meta"])
 
 
+def poison_index(job: Job) -> Tensor:
+    """Which training images the victim's attacker changed: int64 (P,)."""
+    return load_file(job.folder / "in" / "attack.safetensors")["poison_index"]
+
+
 def label_key(label: int, name: str) -> str:
     return f"{label}/{name}"
 
@@ -164,4 +191,4 @@ def trigger_of(where: str, tensors: Mapping[str, Tensor]) -> api.Trigger:
     return cast(api.Trigger, cls.from_tensors(tensors))
 
 
-__all__ = ["Job", "Tick", "attack_state", "label_key", "require_finite", "weights_of"]
+__all__ = ["Job", "Tick", "attack_state", "label_key", "poison_index", "require_finite", "weights_of"]

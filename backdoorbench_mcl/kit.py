@@ -12,9 +12,10 @@ Example (a whole fine-tuning defense):
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -272,4 +273,24 @@ def frozen(model: Classifier) -> Classifier:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "pgd", "predict"]
+def masked(model: Classifier, masks: Mapping[str, Sequence[int]]) -> Classifier:
+    """Set channels to zero wherever a network is used: `masks` lists them (dimension 1) by the name of the module after
+    whose forward they are cut. The state dict stays what it was. Returns the same model.
+
+    A defense returns `Repaired(masked(model, masks), "backdoorbench_mcl.kit:masked", {"masks": masks})`.
+    Raises UserError for an unknown module. Example: `masked(model, {"layer4.1.conv2": [0, 7]})`.
+    """
+    modules = dict(model.named_modules())
+    for name, channels in masks.items():
+        if name not in modules:
+            raise UserError(f"masked: no module {name!r}; the network has {', '.join(n for n in modules if n)}")
+        index = torch.tensor(list(channels), dtype=torch.int64)
+        modules[name].register_forward_hook(functools.partial(_cut, index))
+    return model
+
+
+def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor) -> Tensor:
+    return out.index_fill(1, channels.to(out.device), 0)
+
+
+__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict"]

@@ -430,6 +430,8 @@ class Matrix:
         for name in {"retuned", "retuned_clean"} & set(extras):
             extra.update(self._retuned(name, extras[name]))
         worker = own[0] if own else judged
+        if worker.kind == "defend":
+            extra["rebuild"] = self._meta(worker.key).get("rebuild", {}).get("function", "")
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
@@ -454,7 +456,7 @@ class Matrix:
 
     def _overlap(self, cell: Cell) -> int | None:
         """How many clean images are copies of poisoned ones (spec 2.5), None for the undefended victim."""
-        if cell.after is None or self._stage(cell.victim) is None:
+        if cell.after is None or cell.row.controls == "training" or self._stage(cell.victim) is None:
             return None
         try:
             victim = self._open(cell.victim)

@@ -17,10 +17,10 @@ from .registry import Described
 from .request import BEFORE, CONTROL, Request, labels_used, wanted_by
 from .rows import Row
 
-Kind = Literal["surrogate", "train", "trial", "verdict", "invert", "defend", "retune", "predict", "embed"]
+Kind = Literal["surrogate", "train", "suspect", "trial", "verdict", "invert", "defend", "retune", "predict", "embed"]
 _REMAINING: Mapping[Kind, int] = {
-    "surrogate": 6, "train": 5, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "retune": 2, "predict": 1,
-    "embed": 0,
+    "surrogate": 6, "train": 5, "suspect": 4, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "retune": 2,
+    "predict": 1, "embed": 0,
 }  # fmt: skip
 NEED = "need-"  # role of an input that a method asked for, with the method's name for it
 
@@ -164,6 +164,15 @@ class Builder:
         title = f"{attack.label} victim {seed}"
         return self.node("train", title, spec, inputs=_roles(needs), methods=methods, victim_seed=seed)
 
+    def suspect(self, case: Case) -> str:
+        """The training set as a victim saw it."""
+        source = self.plan.nodes[case.victim]
+        spec = {"victim": case.victim, "version": 1}
+        inputs = {**source.inputs, "victim": case.victim}
+        title = f"{case.attack.label} training images {case.seed}"
+        return self.node("suspect", title, spec, inputs=inputs, methods=source.methods, victim_seed=case.seed,
+                         gated_by=case.before)  # fmt: skip
+
     def trial(self, attack: Described, seed: int, victim: str) -> str:
         spec = {"victim": victim, "test": self.request.data.hash_test, "attack": attack.identity}
         title = f"{attack.label} test images {seed}"
@@ -236,9 +245,11 @@ class Builder:
             "defense_seed": case.defense_seed,
             "precision": request.precision,
         }
+        told = {"suspect": self.suspect(case)} if "suspect" in defense.knows else {}
+        spec.update(told)
         return self.node(
             "defend", f"{defense.label} on {case.name}{self.at(case)}", spec,
-            inputs={"victim": case.victim, **_roles(needs)},
+            inputs={"victim": case.victim, **_roles(needs), **told},
             methods={"defense": defense, "model": request.model, "recipe": request.defend},
             target=attack.attack_target, **case.fields,
         )  # fmt: skip
@@ -303,7 +314,7 @@ class Builder:
             knows=() if defense is None else defense.told,
             uses_labels=None if defense is None else labels_used(defense, request.needed),
             inverter=inverter, clean_n=None if rate is None else cells.clean_count(request.data.n_train, rate),
-            target=attack.attack_target,
+            target=attack.attack_target, controls=attack.attack_controls,
             preset=request.preset, budget=request.budget, precision=request.precision, device=request.device,
             toy=request.data.toy, data=request.data.note, overrides=self.overrides(attack, defense), params=resolved,
         )  # fmt: skip
@@ -358,6 +369,10 @@ class Builder:
         shared: tuple[str, ...] = (facing.victim,)
         if defense is not None and "target" in defense.told and attack.attack_target is None:
             undefined = "the attack has no single target label"
+        elif defense is not None and attack.attack_controls == "training" and "suspect" in defense.told:
+            undefined = "the attacker trained the model: there is no training set to look at"
+        elif defense is not None and attack.attack_controls == "training" and self.exclusion:
+            undefined = "the attacker trained the model: which images are poisoned differs from epoch to epoch"
         elif defense is not None and defense_seed is not None and rate is not None:
             case = Case(attack, seed, defense_seed, *facing, rate)
             repaired = self.defend(defense, case)

@@ -37,7 +37,9 @@ def retune(job: Job) -> None:
     weights = weights_of(model)
     require_finite(weights)
     job.save("weights", weights)
-    job.save_meta({"used": job.spec["used"], "steps": STEPS, "lr": LR})
+    rebuild = job.spec.get("rebuild", {}).get("weights")
+    how = {} if rebuild is None else {"rebuild": rebuild}
+    job.save_meta({"used": job.spec["used"], "steps": STEPS, "lr": LR, **how})
 
 
 def embed(job: Job) -> None:

@@ -68,6 +68,7 @@ class Described:
     needs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attack_target: int | None = None
     attack_control: Mapping[str, Any] = field(default_factory=dict)  # {"set", "params"} of its ablation
+    attack_controls: str = "data"
     budget: str = "full"
     toy: bool = False
 
@@ -217,6 +218,7 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         detects=ok.get("detects", False),
         attack_target=ok.get("attack", {}).get("target"),
         attack_control=ok.get("attack", {}).get("control", {}),
+        attack_controls=ok.get("attack", {}).get("controls", "data"),
         budget=dataset.get("budget", "full"),
         toy=dataset.get("toy", False),
     )
@@ -226,7 +228,17 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
 def _code(target: str) -> str:
     """SHA-256 over the files that a class can depend on: its top-level package and the contracts of this one."""
     top = target.partition(":")[0].partition(".")[0]
-    files = [Path(__file__).with_name(name) for name in ("api.py", "method.py", "triggers.py", "describe.py", "kit.py")]
+    files = [
+        Path(__file__).with_name(name)
+        for name in (
+            "api.py",
+            "images.py",
+            "method.py",
+            "triggers.py",
+            "describe.py",
+            "kit.py",
+        )
+    ]
     spec = importlib.util.find_spec(top)
     if spec is None:
         return "absent"

@@ -83,6 +83,8 @@ class Row:
     clean_n: int | None = None  # clean images used
     clean_poisoned: int | None = None  # of them, clean copies of images that the attacker changed in training
     target: int | None = None
+    controls: str = "data"  # of the attacker, or "training"
+    rebuild: str = ""  # of a repair that weights alone do not tell: the function that builds its network
     preset: str = "paper"
     budget: str = "full"
     precision: str = "fp32"

@@ -185,7 +185,7 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
     lines = [*summary(asked, using), f"{len(graph.cells)} cells in {settings.runs}"]
     for kind in get_args(plan.Kind):
-        if kinds[kind] or kind not in ("surrogate", "verdict", "retune", "embed"):
+        if kinds[kind] or kind not in ("surrogate", "suspect", "verdict", "retune", "embed"):
             lines.append(f"  {kind:9} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
     return lines
 

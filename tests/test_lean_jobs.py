@@ -11,7 +11,7 @@ import torch
 from helpers import make_images
 from torch import Tensor
 
-from backdoorbench_mcl import jobs, kit
+from backdoorbench_mcl import kit, victims
 from backdoorbench_mcl.api import Attack, Images, Location, Poisoned, State
 from backdoorbench_mcl.errors import PluginError
 
@@ -29,7 +29,7 @@ def test_poison_laid_over_images_trains_like_poison_written_into_them() -> None:
     poisoned = Poisoned(index, 255 - clean.x[index], (clean.y[index] + 1) % 10)
     x, y = clean.x.clone(), clean.y.clone()
     x[index], y[index] = poisoned.x, poisoned.y
-    images = jobs._poisoned(clean, poisoned, torch.device("cpu"))
+    images = victims._poisoned(clean, poisoned, torch.device("cpu"))
     augment = kit.augmentation("crop+flip", True)
     assert len(images) == 50
     for ours, theirs in zip(
@@ -70,14 +70,14 @@ def fake_job(folder: Path) -> Any:
 def test_images_stamped_in_parts_are_those_stamped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_images(23, shape=(3, 8, 8))
     before = images.x.clone()
-    whole = jobs._stamped(fake_job(tmp_path), Corner(), images.x, images.y, STATE).clone()
+    whole = victims._stamped(fake_job(tmp_path), Corner(), images.x, images.y, STATE).clone()
     assert torch.equal(whole, Corner().stamp(before.clone(), images.y, STATE, generator(7)))
-    monkeypatch.setattr(jobs, "_CHUNK", 5 * 3 * 8 * 8)
-    parts = jobs._stamped(fake_job(tmp_path), Corner(), images.x, images.y, STATE)
+    monkeypatch.setattr(victims, "_CHUNK", 5 * 3 * 8 * 8)
+    parts = victims._stamped(fake_job(tmp_path), Corner(), images.x, images.y, STATE)
     assert torch.equal(parts, whole)
     assert torch.equal(images.x, before)
     with pytest.raises(PluginError, match=r"corner: stamp\(\) returned torch.uint8 \(5, 3, 8, 3\), expected uint8"):
-        jobs._stamped(fake_job(tmp_path), Wide(), images.x, images.y, STATE)
+        victims._stamped(fake_job(tmp_path), Wide(), images.x, images.y, STATE)
 
 
 def test_the_place_of_a_patch_is_found_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,11 +88,11 @@ def test_the_place_of_a_patch_is_found_in_parts_too(monkeypatch: pytest.MonkeyPa
     last = one.clone()
     last[-1, 0, 5, 2] ^= 1
     for chunk in (1 << 25, 5 * 3 * 8 * 8):
-        monkeypatch.setattr(jobs, "_CHUNK", chunk)
-        assert jobs._location(x, one) == Location(5, 2, 2, 4)
-        assert jobs._location(x, many) is None
-        assert jobs._location(x, last) is None
-        assert jobs._location(x, x) is None
+        monkeypatch.setattr(victims, "_CHUNK", chunk)
+        assert victims._location(x, one) == Location(5, 2, 2, 4)
+        assert victims._location(x, many) is None
+        assert victims._location(x, last) is None
+        assert victims._location(x, x) is None
 
 
 @pytest.mark.parametrize(("side", "expected"), [(8, 512), (32, 512), (64, 128), (224, 64), (1000, 64)])

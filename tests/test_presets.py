@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny import one_thread as one_thread
 
-from backdoorbench_mcl import evaluate, jobs
+from backdoorbench_mcl import evaluate, victims
 from backdoorbench_mcl.api import Method, Recipe
 from backdoorbench_mcl.presets import BUDGETS, PRESETS, settings
 from bbmcl_attacks.badnets import BadNets
@@ -160,7 +160,7 @@ def test_surrogates_are_trained_and_judged_as_the_specification_says() -> None:
     natural, robust = Recipe(**paper["natural"]), Recipe(**paper["robust"])
     assert (natural.epochs, natural.pgd_eps) == (10, 0.0)
     assert (robust.epochs, robust.pgd_eps, robust.pgd_step, robust.pgd_steps) == (15, 8.0, 2.0, 10)
-    assert (jobs.PGD_STEPS, jobs.PGD_EPS, jobs.PGD_STEP) == (10, 8 / 255, 2 / 255)
+    assert (victims.PGD_STEPS, victims.PGD_EPS, victims.PGD_STEP) == (10, 8 / 255, 2 / 255)
     assert evaluate.ROBUST == 40.0
     for name in ("natural", "robust"):  # as their victims
         assert settings("paper", "full", "gtsrb")[name]["lr"] == 0.01

@@ -229,6 +229,7 @@ def _told(row: Row) -> list[tuple[str, str]]:
     facts = (
         ("before defense", _before(row)), ("DER", _number(row.der)), ("gate", row.gate),
         ("told", ", ".join(row.knows)), ("verdict", row.verdict), ("surrogates", row.surrogate),
+        ("attacker controls", "" if row.controls == "data" else row.controls), ("custom inference", row.rebuild),
         ("inverter", row.inverter or ""), ("success of the inverted trigger", _number(row.inverter_success, " %")),
         ("L1 of the mask", _number(row.inverter_l1)), ("clean images", str(row.clean_n or "")),
         ("re-tuned", _retuned(row)), ("seconds, alone", _number(row.seconds)),

@@ -71,7 +71,7 @@ def legend(block: Block, ranking: str) -> list[str]:
         out.append(f"{mark} {meaning}.")
     images = sorted({row.data for row in block.rows if any(word in row.data for word in _UNUSUAL)})
     out += [f"Images: {one_line(text, 200)}." for text in images]
-    out += _surrogates(block) + _controls(block) + _verdicts(block)
+    out += _attackers(block) + _surrogates(block) + _controls(block) + _verdicts(block) + _rebuilt(block)
     out.append(_runs(block))
     if any("/" in cell.tag for cell in cells):
         out.append("k/n: k of n runs finished, the numbers are theirs; not ranked where the defense itself failed.")
@@ -79,6 +79,20 @@ def legend(block: Block, ranking: str) -> list[str]:
         out.append(f"Scaled protocol (budget {block.budget}): not comparable with printed numbers.")
     out.append(_machine(block))
     return out
+
+
+def _attackers(block: Block) -> list[str]:
+    """Who controls more than the data, which the attackers of the paper do not."""
+    named = [line.label for line in block.lines if any(row.controls == "training" for row in _rows(line))]
+    return [f"The attacker trained the model, not only its data: {', '.join(named)}."] if named else []
+
+
+def _rebuilt(block: Block) -> list[str]:
+    """Columns whose models are more than the victim's network with other weights."""
+    cells = [(column.label, line.cells[i]) for i, column in enumerate(block.columns) for line in block.lines]
+    found = {(label, row.rebuild) for label, cell in cells if cell for row in cell.runs if row.rebuild}
+    told = ", ".join(f"{label} ({one_line(function)})" for label, function in sorted(found))
+    return [f"Custom inference, more than other weights: {told}."] if told else []
 
 
 def _surrogates(block: Block) -> list[str]:

@@ -6,6 +6,11 @@ from backdoorbench_mcl.hooks import Entry, hookimpl
 
 
 @hookimpl
+def bbmcl_attacks() -> list[Entry]:
+    return [Entry("takeover", "bbmcl_toy_methods:Takeover", "trains the victim itself")]
+
+
+@hookimpl
 def bbmcl_datasets() -> list[Entry]:
     return [Entry("tiny", "bbmcl_toy_methods:Tiny", "four colours, 3x8x8")]
 
@@ -29,5 +34,7 @@ def bbmcl_defenses() -> list[Entry]:
     return [
         Entry("same", "bbmcl_toy_methods:Same", "returns the victim"),
         Entry("needy", "bbmcl_toy_methods:Needy", "looks at what it needs", may_know=("target",)),
+        Entry("masker", "bbmcl_toy_methods:Masker", "cuts channels"),
+        Entry("wary", "bbmcl_toy_methods:Wary", "looks at the suspect training set", may_know=("suspect",)),
         Entry("offender", "bbmcl_toy_methods:Offender", "fails in the way that it is told"),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -14,8 +15,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from backdoorbench_mcl import kit
 from backdoorbench_mcl.api import (
+    Attack,
+    AttackContext,
+    Batch,
     Classifier,
     Count,
     Dataset,
@@ -28,8 +34,10 @@ from backdoorbench_mcl.api import (
     MaskPattern,
     Model,
     Need,
+    Repaired,
     Selector,
     Source,
+    State,
     Trigger,
     Verdict,
 )
@@ -173,6 +181,77 @@ class Needy(Defense):
             assert isinstance(it, Classifier)
             return it
         return model
+
+
+class Takeover(Attack):
+    """A white square in the corner, in every second image of every batch; the attacker trains."""
+
+    name = "takeover"
+    controls = "training"
+    target = 1
+
+    def train(self, model: Classifier, state: State, ctx: AttackContext) -> State:
+        ones = torch.ones(())
+
+        def loss(batch: Batch) -> Tensor:
+            x, y = batch.x.clone(), batch.y.clone()
+            x[::2, :, :3, :3] = ones
+            y[::2] = self.target
+            return F.cross_entropy(model(x), y)
+
+        kit.fit(model, ctx.train, ctx, loss)
+        return State({"value": torch.tensor([255], dtype=torch.uint8)})
+
+    def stamp(self, x: Tensor, y: Tensor, state: State, rng: torch.Generator) -> Tensor:
+        out = x.clone()
+        out[:, :, :3, :3] = state.tensors["value"]
+        return out
+
+
+class Masker(Defense):
+    """Cuts channels of the last convolution. how: what it returns beside that."""
+
+    name = "masker"
+
+    def __init__(self, *, how: Literal["right", "hidden", "unknown", "other"] = "right") -> None:
+        self.how = how
+
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier | Repaired:
+        masks = {"conv2": list(range(0, 16, 2))}
+        cut = kit.masked(model, masks)
+        if self.how == "hidden":
+            return cut
+        rebuild = "nowhere:nothing" if self.how == "unknown" else "backdoorbench_mcl.kit:masked"
+        return Repaired(cut, rebuild, {"masks": {} if self.how == "other" else masks})
+
+
+class Wary(Defense):
+    """Prints what the suspect training set shows to somebody who knows the trigger of badnets(target=1,rate=0.2)."""
+
+    name = "wary"
+
+    @property
+    def knows(self) -> frozenset[Knowledge]:
+        return frozenset({"suspect"})
+
+    def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier:
+        suspect = ctx.granted.suspect
+        before = torch.get_rng_state()
+        one, two = ctx.fresh(), ctx.fresh()
+        assert torch.equal(before, torch.get_rng_state())
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+        assert not torch.equal(next(one.parameters()), next(model.parameters()))
+        corner = suspect.x[:, :, -3:, -3:].flatten(1)
+        extreme = ((corner == 0) | (corner == 255)).all(1)
+        print(json.dumps({
+            "images": len(suspect), "triggered": int(extreme.sum()), "labels": suspect.y[extreme].unique().tolist(),
+            "sorted": [hash_of(x) for x in suspect.x] == sorted(hash_of(x) for x in suspect.x),
+        }))  # fmt: skip
+        return model
+
+
+def hash_of(x: Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
 Offence = Literal[
