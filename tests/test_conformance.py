@@ -1,0 +1,35 @@
+"""The shipped methods under the conformance suite, through the decorator that plugin authors use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from tiny import one_thread
+
+from backdoorbench_mcl import plugins, testing
+from backdoorbench_mcl.registry import DIST
+from backdoorbench_mcl.testing import Subject, parametrize_with_checks
+
+__all__ = ["one_thread"]
+
+POISON = {"target": 1, "rate": 0.2}
+ON_THE_TOYS: dict[str, dict[str, Any]] = {  # 400 images of four classes, 32x32, instead of what the defaults are for
+    **dict.fromkeys(("badnets", "trojan", "cl"), POISON), "blend": {**POISON, "alpha": 0.9},
+    "sig": {"target": 1, "rate": 0.25, "delta": 120}, "none": {"target": 1},
+}  # fmt: skip
+FAMILIES: dict[str, str] = {}
+
+
+def shipped() -> Iterator[Subject]:
+    """Every method of this distribution."""
+    for offer in plugins.load({}).offers:
+        name = offer.entry.name
+        if offer.plugin.dist == DIST:
+            yield Subject(offer.kind, offer.entry.target, ON_THE_TOYS.get(name, {}), FAMILIES.get(name, ""), name)
+
+
+@parametrize_with_checks(list(shipped()))
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
