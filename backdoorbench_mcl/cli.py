@@ -316,6 +316,40 @@ def show(name: Annotated[str, typer.Argument(help="A method, as bbmcl plugins li
 
 
 @app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A method, with parameters if need be: 'sig(delta=60)'.")],
+    kind: Annotated[str | None, typer.Option(help="attack, model, inverter, defense or dataset.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="LIST", help="Only these checks, separated by commas.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one check may take.")] = 120.0,
+) -> None:
+    """Check a method against the contract of plugins, sentence by sentence, on toys that take seconds."""
+    from . import authoring, checking, runner
+
+    names = [part.strip() for part in (only or "").split(",") if part.strip()]
+    well = True
+    for subject in authoring.subjects(runner.registry(), name, kind):
+        print(f"{subject['kind']} {subject['label']}", flush=True)
+        results = checking.run(subject, names, timeout)
+        well &= checking.lines(results, lambda line: print(line, flush=True))
+    raise typer.Exit(int(not well))
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="attack, model, inverter, defense or dataset.")],
+    name: Annotated[str, typer.Argument(help="Its name: lower-case words joined by '-'.")],
+    into: Annotated[Path, typer.Option(metavar="DIR", help="Where the package's folder is made.")] = Path(),
+) -> None:
+    """Write a package with a working method: change it, install it, and it is a column of the matrix."""
+    from . import authoring
+
+    for file in authoring.new(kind, name, into):
+        print(file)
+    folder = into / f"bbmcl-{name}"
+    print(f"next: pip install -e '{folder}[test]' && bbmcl check {name}")
+
+
+@app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="The archive to write.")],
     runs: Runs = DEFAULT_RUNS,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 from tiny import one_thread
 
-from backdoorbench_mcl import plugins, testing
+from backdoorbench_mcl import plugins
 from backdoorbench_mcl.registry import DIST
 from backdoorbench_mcl.testing import Subject, parametrize_with_checks
 
@@ -19,7 +18,9 @@ ON_THE_TOYS: dict[str, dict[str, Any]] = {  # 400 images of four classes, 32x32,
     **dict.fromkeys(("badnets", "trojan", "cl"), POISON), "blend": {**POISON, "alpha": 0.9},
     "sig": {"target": 1, "rate": 0.25, "delta": 120}, "none": {"target": 1},
 }  # fmt: skip
-FAMILIES: dict[str, str] = {}
+FAMILIES = {
+    "wrn": "-16-1", "torchvision": ":resnet18", "timm": ":resnet10t", "folder": ":absent", "parquet": ":absent",
+}  # fmt: skip
 
 
 def shipped() -> Iterator[Subject]:

@@ -8,9 +8,9 @@ import time
 import traceback
 from pathlib import Path
 
-from ..errors import BbmclError
+from ..errors import BbmclError, UserError
 from .core import CheckFailed, Skipped, Subject
-from .suite import CHECKS
+from .suite import CHECKS, checks_for
 
 
 def verdict(name: str, subject: Subject) -> dict[str, object]:
@@ -32,14 +32,33 @@ def verdict(name: str, subject: Subject) -> dict[str, object]:
     return {"check": name, "state": state, "message": message, "seconds": time.perf_counter() - started}
 
 
+def chosen(kind: str, only: list[str]) -> list[str]:
+    """The checks of a kind, or those of them in `only`, with or without `check_`. Raises UserError for another name."""
+    names = [check.name for check in checks_for(kind)]
+    wanted = [name if name.startswith("check_") else f"check_{name}" for name in only]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise UserError(f"no check {unknown[0]!r} of a {kind}; there are: {', '.join(names)}")
+    return wanted or names
+
+
 def main() -> None:
-    """Run what was asked, one line each."""
+    """Say what is going to be run, run it, one line each."""
     asked, told = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    subject = Subject(**asked["subject"])
-    for name in asked["checks"]:
-        line = json.dumps(verdict(name, subject)) + "\n"
+
+    def tell(what: dict[str, object]) -> None:
         with told.open("a") as file:
-            file.write(line)
+            file.write(json.dumps(what) + "\n")
+
+    subject = Subject(**asked["subject"])
+    try:
+        names = chosen(subject.kind, asked["checks"])
+    except UserError as error:
+        tell({"error": str(error)})
+        return
+    tell({"checks": names})
+    for name in names:
+        tell(verdict(name, subject))
 
 
 if __name__ == "__main__":
