@@ -22,6 +22,7 @@ from backdoorbench_mcl.store import Store
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOY = Path(__file__).parent / "toy"
+pytest_plugins = ["pytester"]
 Bbmcl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

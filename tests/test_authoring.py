@@ -94,7 +94,7 @@ def test_a_new_defense_passes_its_own_tests_and_is_a_column(bbmcl: Bbmcl, tmp_pa
         (("check", "nothing"), "unknown method 'nothing'; there are: "),
         (("check", "ft", "--kind", "attack"), "unknown attack 'ft'; there are: "),
         (("check", "ft", "--only", "stamps"), "no check 'check_stamps' of a defense; there are: check_"),
-        (("check", "ft(lr=1)"), "no parameter 'lr'"),
+        (("check", "ft(rl=1)"), "no parameter 'rl'; did you mean 'lr'?"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, bbmcl: Bbmcl) -> None:

@@ -17,10 +17,6 @@ def _stage(before: int, after: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
 
-def _stage(before: int, after: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-
-
 class Network(Classifier):
     """The normalisation is the base class's; here are the features, stage by stage, and the last linear layer."""
 

@@ -107,7 +107,7 @@ def check_can_be_trained(subject: Subject) -> None:
             optimiser.zero_grad(set_to_none=True)
             loss = F.cross_entropy(model(x), batch.y)
             torch.autograd.backward(loss)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
             require(not unreached, f"{who}: no gradient reaches {', '.join(unreached[:3])}; use it or leave it out")
             optimiser.step()
