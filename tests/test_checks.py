@@ -470,7 +470,7 @@ def test_a_method_that_reads_what_was_not_granted_fails_as_a_job(
     (tmp_path / "reading_defense.py").write_text(READER)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    with pytest.raises(CheckFailed, match="my reader: .*/etc/hostname"):
+    with pytest.raises(CheckFailed, match=r"my reader: .*/etc/hostname"):
         testing.check_runs_confined(Subject("defense", "reading_defense:Reader", label="my reader"))
 
 
