@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def _shape(value: Any) -> str:
 
 def current() -> str:
     lines = [line for name in MODULES for line in public(importlib.import_module(f"backdoorbench_mcl.{name}"))]
-    return "\n".join(lines) + "\n"
+    return re.sub(r" at 0x[0-9a-f]+", "", "\n".join(lines)) + "\n"
 
 
 def test_the_plugin_api_is_what_it_was() -> None:
