@@ -15,7 +15,7 @@ project = "backdoorbench_mcl"
 author = "The backdoorbench_mcl authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "repository"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "grants", "repository"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["adr/README.md"]  # what adr/index shows
 myst_heading_anchors = 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
@@ -19,9 +21,13 @@ import backdoorbench_mcl
 from backdoorbench_mcl import api, runner
 from backdoorbench_mcl.cli import app
 from backdoorbench_mcl.errors import UserError
-from backdoorbench_mcl.presets import tomllib
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -29,7 +35,7 @@ NEIGHBOURS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELO
 PAGES = [*NEIGHBOURS, *sorted(DOCS.rglob("*.md"))]
 PLUGIN_PAGE = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BELOW = ", below"  # in a caption: the block goes to the end of a file that was begun above
+BELOW = ", below"  # behind a name in a caption: the block goes to the end of a file that was begun above
 
 
 def of(page: Path) -> str:
@@ -87,12 +93,11 @@ def parse(line: str) -> None:
     """Parse a command line as the program does, and run nothing. Raises what the program would answer with."""
     command: Any = typer.main.get_command(app)
     words, above = shlex.split(line), None
-    while True:
-        context = command.make_context(command.name, words, parent=above)
-        if not hasattr(command, "resolve_command"):
-            return
-        _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
-        above = context
+    with contextlib.suppress(typer.Exit):  # `--version` and `--help` answer at once
+        while hasattr(command, "resolve_command"):
+            above = command.make_context(command.name, words, parent=above)
+            _, command, words = command.resolve_command(above, [*above._protected_args, *above.args])
+        command.make_context(command.name, words, parent=above)
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
@@ -136,12 +141,11 @@ def test_options_named_in_prose_exist() -> None:
 def files() -> dict[str, str]:
     """The files that `writing-a-plugin` shows, by name."""
     out: dict[str, str] = {}
-    for caption, text in re.findall(r"^```\{code-block\} \w+\n:caption: ([^\n]+)\n\n(.*?)^```$", PLUGIN_PAGE, re.M | re.S):
-        if caption.endswith(BELOW):
-            out[caption.removesuffix(BELOW)] += f"\n\n{text}"
-        else:
-            assert caption not in out, f"{caption} is shown twice"
-            out[caption] = text
+    for name, where, text in re.findall(
+        r'^```\{code-block\} \w+\n:caption: "`([^`\n]+)`([^\n]*)"\n\n(.*?)^```$', PLUGIN_PAGE, re.M | re.S
+    ):
+        assert where == (BELOW if name in out else ""), f"{name} is shown twice, or continued before it is begun"
+        out[name] = f"{out[name]}\n\n{text}" if name in out else text
     return out
 
 
@@ -244,3 +248,11 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"\nlicense: {setup['metadata']['license_expression']}\n" in citation
     page = (DOCS / "cite.md").read_text(encoding="utf-8")
     assert f"version = {{{backdoorbench_mcl.__version__}}}" in page
+
+
+def test_the_tests_that_the_threat_model_names_exist() -> None:
+    page = (DOCS / "threat-model.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", page))
+    assert len(named) > 15
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {test}"
