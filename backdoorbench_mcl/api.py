@@ -292,7 +292,9 @@ class DefenseContext(Context):
 class Need:
     """A stage that a method wants built before it runs, shared by all who want the same.
 
+    =========  ============================  =========================================================================
     kind       method                        what `ctx.needs[name]` is
+    =========  ============================  =========================================================================
     "trigger"  an inverter, `nc-box(lr=1)`   a Trigger, fitted to the target label that was granted; with `verdict`, a
                                              detector, a dict from every label that it flagged, the most suspicious
                                              first, to its Trigger: empty where the model is called clean
@@ -300,6 +302,7 @@ class Need:
     "result"   a defense, `mcldef`           the Classifier that it made of the same victim and the same clean images
     "model"    `natural` or `robust`         for attacks: a clean Classifier of the victim's architecture, trained by
                                              that recipe, in eval mode and frozen (spec 4.2, 4.4)
+    =========  ============================  =========================================================================
 
     Attacks may need models, inverters triggers, defenses all but models.
     """

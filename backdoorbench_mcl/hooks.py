@@ -1,6 +1,6 @@
 """The door: what the entry module of a plugin imports. Free of torch, so that listing plugins is instant.
 
-Example (a whole plugin package, entry point `mydef = bbmcl_mydef` in the group `bbmcl`):
+Example (the entry module of a plugin, entry point `mydef = bbmcl_mydef` in the group `bbmcl`)::
 
     from backdoorbench_mcl.hooks import Entry, hookimpl
 
@@ -30,15 +30,19 @@ _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Entry:
     """One method that a plugin offers; the class behind it is imported only when it is used.
 
-    name: lower-case, starts with a letter, words joined by `-`; no word starts with a digit, because
-        `name-16-1` denotes a member of the family `name`.
-    target: `"package.module:Class"`.
-    summary: one line for `bbmcl plugins`.
-    paper: where the method comes from.
-    may_know: everything that any configuration of the method may be told beyond its clean images, a
-        subset of `KNOWLEDGE`; `--defenses all` leaves out methods that may know the trigger or its location.
+    Args:
+        name: lower-case, starts with a letter, words joined by `-`; no word starts with a digit, because
+            `name-16-1` denotes a member of the family `name`.
+        target: `"package.module:Class"`.
+        summary: one line for `bbmcl plugins`.
+        paper: where the method comes from.
+        may_know: everything that any configuration of the method may be told beyond its clean images, a
+            subset of `KNOWLEDGE`; `--defenses all` leaves out methods that may know the trigger or its location.
 
-    Raises ValueError when a field does not fit. Example: `Entry("ft", "bbmcl_defenses.ft:FT", "fine-tune")`.
+    Raises:
+        ValueError: a field does not fit.
+
+    Example: `Entry("ft", "bbmcl_defenses.ft:FT", "fine-tune")`.
     """
 
     name: str

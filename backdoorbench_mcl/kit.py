@@ -3,7 +3,7 @@
 Plugins import `hooks`, `api` and `kit` only. Everything here works on the device of the images it is given, draws
 from the generator it is handed and keeps pixels in [0, 1].
 
-Example (a whole fine-tuning defense):
+Example (a whole fine-tuning defense)::
 
     model.train()
     kit.fit(model, ctx.clean, ctx, lambda batch: F.cross_entropy(model(batch.x), batch.y))

@@ -126,9 +126,12 @@ class Method(ABC):
     Config goes into the keyword-only, annotated constructor, which stores and validates and does no work;
     data comes in the call. The constructor raises UserError for a value that its annotation forbids.
 
-    name: the registered (family) name.    version: raise it whenever results change, and say by how much.
-    paper: citation.    added: parameters that came later, with the value that reproduces the old behaviour;
-    at that value they stay out of the identity, so that stored results remain valid.
+    Attributes:
+        name: the registered (family) name.
+        version: raise it whenever results change, and say by how much.
+        paper: citation.
+        added: parameters that came later, with the value that reproduces the old behaviour; at that value they stay
+            out of the identity, so that stored results remain valid.
     """
 
     name: ClassVar[str]

@@ -58,30 +58,30 @@ class Row:
     der: float | None = None
     tca_before: float | None = None
     ftr_before: float | None = None
-    retuned_images: int | None = None  # triggered images in a few further steps of the repaired model
-    retuned_asr: float | None = None  # after these steps, on the other test images
+    retuned_images: int | None = None  #: triggered images in a few further steps of the repaired model
+    retuned_asr: float | None = None  #: after these steps, on the other test images
     retuned_ftr: float | None = None
     retuned_ba: float | None = None
-    retuned_clean_images: int | None = None  # of an undefended victim: the same steps on a clean model, its control
+    retuned_clean_images: int | None = None  #: the same steps on a clean model, the control of an undefended victim
     retuned_clean_asr: float | None = None
     retuned_clean_ftr: float | None = None
     retuned_clean_ba: float | None = None
-    gate: str = ""  # "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
-    seconds: float | None = None  # this cell alone
-    seconds_shared: float | None = None  # with the stages that it shares with others (inversion)
+    gate: str = ""  #: "ok", "flagged" (ASR before 90-95), "weak" (< 90) or "" where no gate applies
+    seconds: float | None = None  #: this cell alone
+    seconds_shared: float | None = None  #: with the stages that it shares with others (inversion)
     peak_mb: float | None = None
     knows: tuple[str, ...] = ()
     uses_labels: bool | None = None
     inverter: str | None = None
-    inverter_success: float | None = None  # % of the clean images that the victim calls otherwise
+    inverter_success: float | None = None  #: % of the clean images that the victim calls otherwise
     inverter_l1: float | None = None
-    inverter_pixels_changed: float | None = None  # mean per clean image, by more than 1/255 in any channel
-    inverter_steps: int | None = None  # of the optimiser of its search
-    inverter_stopped_early: bool | None = None  # the search had steps left
-    verdict: str = ""  # of the detector that named the label to defend: "clean" or "flagged 5, 2"
-    surrogate: str = ""  # the clean models that the attack relied on, and how robust they are
-    clean_n: int | None = None  # clean images used
-    clean_poisoned: int | None = None  # of them, clean copies of images that the attacker changed in training
+    inverter_pixels_changed: float | None = None  #: mean per clean image, by more than 1/255 in any channel
+    inverter_steps: int | None = None  #: of the optimiser of its search
+    inverter_stopped_early: bool | None = None  #: the search had steps left
+    verdict: str = ""  #: of the detector that named the label to defend, as in "clean" or "flagged 5, 2"
+    surrogate: str = ""  #: the clean models that the attack relied on, and how robust they are
+    clean_n: int | None = None  #: clean images used
+    clean_poisoned: int | None = None  #: of them, clean copies of images that the attacker changed in training
     target: int | None = None
     controls: str = "data"  # of the attacker, or "training"
     rebuild: str = ""  # of a repair that weights alone do not tell: the function that builds its network
@@ -89,15 +89,15 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
-    strays: tuple[str, ...] = ()  # without Landlock: files that the method opened although they were not granted
+    strays: tuple[str, ...] = ()  #: files that were opened although not granted, where there is no Landlock
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False
-    data: str = ""  # what is known of the images: "lossless", "JPEG", a split, how many; "" in rows stored earlier
-    overrides: tuple[str, ...] = ()  # the `--set` lines of the run, which depart from preset and budget
-    params: Mapping[str, Any] = field(default_factory=dict)  # resolved parameters of attack, model, defense, recipes
+    data: str = ""  #: of the images, as in "lossless", "JPEG", a split, how many; "" in rows stored earlier
+    overrides: tuple[str, ...] = ()  #: the `--set` lines of the run, which depart from preset and budget
+    params: Mapping[str, Any] = field(default_factory=dict)  #: resolved parameters of attack, model, defense, recipes
     versions: Mapping[str, str] = field(default_factory=dict)
-    stages: Mapping[str, str] = field(default_factory=dict)  # stage kind -> stage key
+    stages: Mapping[str, str] = field(default_factory=dict)  #: stage kind -> stage key
     schema: int = SCHEMA
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
+import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import pytest
 import small
@@ -21,7 +25,7 @@ from conftest import Bbmcl
 from safetensors import SafetensorError
 
 from backdoorbench_mcl import artefacts, jobs, plan, snapshots
-from backdoorbench_mcl.engines.local import Finished, Local, Progress
+from backdoorbench_mcl.engines.local import Finished, Local, Progress, _Reporter
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
 from backdoorbench_mcl.snapshots import FolderSnapshot
@@ -180,6 +184,34 @@ def test_two_jobs_at_once_tell_of_their_progress(bench: Bench) -> None:
         assert 0 < event.result["seconds"] < 120
         assert event.result["peak_mb"] > 50
     assert weights(folders[0]) != weights(folders[1])
+
+
+class _Payload:
+    """What a hostile job could send: unpickled, it calls what it likes in the driver, which nothing confines."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_what_a_job_sends_is_read_as_numbers_and_nothing_else(tmp_path: Path) -> None:
+    receive, send = multiprocessing.Pipe(duplex=False)
+    job: Any = SimpleNamespace(folder=tmp_path, messages=receive)
+    tell = _Reporter(send)
+    with Local(1) as engine:
+        for done in (1, 2):  # the first message only starts the clock
+            tell(done, 2, 10)
+        newest = engine._drain(job)
+        assert newest is not None
+        assert (newest.folder, newest.done, newest.total) == (tmp_path, 2, 2)
+        send.send(_Payload(tmp_path / "mark"))
+        assert engine._drain(job) is None
+        assert not (tmp_path / "mark").exists()
+        for nonsense in (b"", b"x", b"x" * 10_000, struct.pack("<qqd", 1, 2, math.nan)):
+            send.send_bytes(nonsense)
+            assert engine._drain(job) is None
 
 
 def test_a_job_that_takes_too_long_is_killed(bench: Bench) -> None:

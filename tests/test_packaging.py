@@ -25,7 +25,8 @@ import backdoorbench_mcl
 ROOT = Path(__file__).resolve().parent.parent
 PLUGINS = {"bbmcl_attacks", "bbmcl_datasets", "bbmcl_defenses", "bbmcl_inverters", "bbmcl_models"}
 SHIPPED = ("backdoorbench_mcl", "plugins", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE",
-           "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "tox.ini", "docs", "tests")  # fmt: skip
+           "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "constraints.txt", "tox.ini", "docs",
+           "tests")  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").exists(), reason="needs a checkout")
 
@@ -133,8 +134,8 @@ def test_tested_versions_satisfy_the_declared_bounds() -> None:
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    declared = [config["options"]["install_requires"], extras["test"], extras["dev"].replace("%(test)s", "")]
-    wanted = [Requirement(line) for block in declared for line in block.splitlines() if line.strip()]
+    declared = [config["options"]["install_requires"], *(extras[name] for name in ("docs", "test", "dev"))]
+    wanted = [Requirement(line) for block in declared for line in block.splitlines() if line and line[0] != "%"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     tested = {r.name: r for r in (Requirement(line) for line in lines if line and not line.startswith("#"))}
     for requirement in wanted:

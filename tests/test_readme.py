@@ -73,11 +73,3 @@ def test_the_test_command_is_what_ci_runs() -> None:
     command = "pip install -c constraints.txt tox && tox"
     assert f"{command}\n" in blocks("sh")
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == command
-
-
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/adr/README.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
-    assert targets
-    for target in targets:
-        assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}, which does not exist"

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
+import struct
 import sys
 import tempfile
 import threading
@@ -31,6 +33,8 @@ Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
 STATES = ("ok", "failed", "diverged", "n/a")  # that a job's own result may have
+# Done, total, images a second. Numbers only: a pickle from a plugin's process would run in this one, unconfined.
+_PROGRESS = struct.Struct("<qqd")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class _Running:
     timed_out: bool = False
 
 
+def _progress(folder: Path, message: bytes) -> Progress | None:
+    """What a job tells of itself, None for anything else that its process may have sent."""
+    try:
+        done, total, rate = _PROGRESS.unpack(message)
+    except struct.error:
+        return None
+    return Progress(folder, done, total, rate) if math.isfinite(rate) else None
+
+
 class _Reporter:
     """`tick` of a job: at most four messages a second."""
 
@@ -80,7 +93,7 @@ class _Reporter:
         self.images += images
         if now - self.last >= 0.25 or done == total:
             self.last = now
-            self.messages.send((done, total, self.images / max(now - self.start, 1e-9)))
+            self.messages.send_bytes(_PROGRESS.pack(int(done), int(total), self.images / max(now - self.start, 1e-9)))
 
 
 @contextlib.contextmanager
@@ -219,8 +232,7 @@ class Local:
         newest = None
         try:
             while run.messages.poll():
-                done, total, rate = run.messages.recv()
-                newest = Progress(run.folder, done, total, rate)
+                newest = _progress(run.folder, run.messages.recv_bytes())
         except (EOFError, OSError):  # the child is gone: its sentinel tells the rest
             return newest
         return newest
