@@ -15,7 +15,7 @@ project = "backdoorbench_mcl"
 author = "The backdoorbench_mcl authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "commands", "grants", "repository"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "checks", "commands", "grants", "repository"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["adr/README.md"]  # what adr/index shows
 myst_heading_anchors = 3
@@ -27,7 +27,7 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 nitpick_ignore_regex = [
-    ("py:.*", r"(annotated_types|collections|os|pandas|pathlib|pd|pluggy|torch|typing)\..*|Path|Tensor"),
+    ("py:.*", r"(annotated_types|collections|os|pandas|pathlib|pd|pluggy|pytest|torch|typing)\..*|Path|Tensor"),
 ]
 
 html_theme = "furo"

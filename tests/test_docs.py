@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -189,15 +190,17 @@ SHORT = ("train.steps=200", "defend.steps=20")
 def test_its_attack_defenses_and_inverter_fill_a_matrix(demo: Path) -> None:
     attacks = "badnets(target=1, rate=0.2),dot(rate=0.2)"
     needy = ("unlearn", "unlearn(inverter=plain)")
-    defenses = ",".join(("smooth", "smooth(layers=head, lr=0.01)", *needy))
+    own = ("smooth", "smooth(layers=head, lr=0.01)", "cut(layer=conv2)")
+    defenses = ",".join((*own, *needy))
     overrides = ("nc-box.steps=20", "plain.steps=20", *SHORT)
     rows = run(demo, attacks, defenses, overrides=overrides)
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert {row.state for row in rows.values()} == {"ok"}, [row.reason for row in rows.values()]
     assert rows["dot(rate=0.2)", "before"].gate == "ok"
     assert {label: row.knows for (_, label), row in rows.items() if label != "before"} == {
-        "smooth": (), "smooth(layers=head, lr=0.01)": (), **dict.fromkeys(needy, ("target",)),
+        **dict.fromkeys(own, ()), **dict.fromkeys(needy, ("target",)),
     }  # fmt: skip
+    assert rows["dot(rate=0.2)", "cut(layer=conv2)"].rebuild == "backdoorbench_mcl.kit:masked"
     assert {rows["dot(rate=0.2)", label].inverter for label in needy} == {"nc-box", "plain"}
     assert {rows["dot(rate=0.2)", label].inverter_steps for label in needy} == {20}
 
@@ -220,7 +223,17 @@ def test_its_options_are_bounded(demo: Path) -> None:
         small.resolve(small.options("badnets(target=1)", "smooth", model="pico-8-8", overrides=()))
 
 
-@pytest.mark.parametrize("line", [line for page, line in COMMANDS if page == "docs/writing-a-plugin.md"])
+def test_its_methods_pass_the_tests_that_it_shows(demo: Path) -> None:
+    chosen = "card or working or trigger"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "test_demo.py"]
+    done = subprocess.run(command, cwd=demo, capture_output=True, text=True, timeout=240, check=False)
+    assert "6 passed" in done.stdout, done.stdout
+
+
+TYPED = [line for page, line in COMMANDS if page == "docs/writing-a-plugin.md" and "my-defense" not in line]
+
+
+@pytest.mark.parametrize("line", TYPED)  # what `bbmcl new` makes is tried in test_authoring.py
 def test_its_commands_are_planned(demo: Path, line: str) -> None:
     words = shlex.split(line)
     answer = CliRunner().invoke(app, [*words, "--dry-run"] if words[0] == "matrix" else words)

@@ -1,5 +1,7 @@
 """The conformance suite: the contract of plugins, one check per sentence, on toys that take seconds.
 
+Example::
+
     from backdoorbench_mcl.testing import parametrize_with_checks
     from bbmcl_smooth.method import Smooth
 

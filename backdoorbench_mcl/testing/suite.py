@@ -31,6 +31,8 @@ def parametrize_with_checks(
     expected_failures: names of checks, or `"label:check_name"` for one of several methods, to the reason. They are
     strict: a check that is expected to fail and passes fails the test. Raises ValueError for a name that is no check.
 
+    Example::
+
         @parametrize_with_checks([MyDefense(), MyDefense(smoothing=0.2)])
         def test_conformance(check):
             check()
