@@ -194,7 +194,7 @@ def test_runs_that_failed_prove_nothing() -> None:
     rows = [failed(r) if r.defense == "mcldef" and r.attack == "cl" and r.victim_seed == 3 else r for r in table1()]
     found = verdict(rows, "C1")
     assert found.verdict == "inconclusive"
-    assert "cl, ASR below ft: 4 of 5 runs finished" in found.evidence
+    assert "cl, 4 comparisons: 4 of 5 runs finished" in found.evidence
     (compared,) = [c for c in paper.compare(rows, 1) if (c.printed.attack, c.printed.defense) == ("CL", "MCLDef")]
     assert (compared.asr_word, compared.ba_word, compared.why) == ("", "", "4 of 5 runs finished")
     tests = inference.sheets(build([r for r in rows if r.attack == "cl"]), against="mcldef")[-1]
@@ -207,7 +207,7 @@ def test_victims_under_the_gate_are_told() -> None:
             for r in table1()]  # fmt: skip
     found = verdict(rows, "C1")
     assert found.verdict == "inconclusive"
-    assert "sig, ASR below nad: 3 of 5 runs finished, 2 held back by the gate" in found.evidence
+    assert "sig, 4 comparisons: 3 of 5 runs finished, 2 held back by the gate" in found.evidence
 
 
 def test_a_flagged_attack_proves_nothing() -> None:
@@ -237,7 +237,7 @@ def test_an_erased_class_wins_no_claim() -> None:
             little += spread(attack, defense, asr, ba, clean_rate=0.01, tca=tca)
     found = verdict(little, "C7")
     assert found.verdict == "inconclusive"
-    assert "badnets, mcldef costs BA: target class erased" in found.evidence
+    assert "badnets, 4 comparisons: target class erased" in found.evidence
 
 
 def test_a_class_that_is_gone_is_not_spared() -> None:

@@ -239,7 +239,19 @@ def _evidence(found: Sequence[Outcome]) -> str:
     text = f"{len(good)} of {len(found)} as claimed"
     if any(one.p is not None for one in found):
         text += f", {sum(one.holds for one in good)} of them significantly"
-    return text + (f"; not: {'; '.join(others)}" if others else "")
+    return text + (f"; not: {'; '.join(_gathered(others))}" if others else "")
+
+
+def _gathered(texts: Sequence[str]) -> list[str]:
+    """What is said of several comparisons of one attack, once. Example: `sig, 4 comparisons: target class erased`"""
+    same: dict[tuple[str, str], list[str]] = {}
+    for text in texts:
+        label, _, told = text.partition(": ")
+        same.setdefault((label.partition(",")[0], told), []).append(text)
+    return [
+        found[0] if len(found) == 1 else f"{attack}, {len(found)} comparisons: {told}"
+        for (attack, told), found in same.items()
+    ]
 
 
 def _no_verdict(rows: Sequence[Row], found: Sequence[Outcome]) -> str:
