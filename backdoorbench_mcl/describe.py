@@ -1,4 +1,4 @@
-"""The child that reads classes: `python -m backdoorbench_mcl.describe REQUESTS REPLIES` (two JSON files).
+"""The child that reads classes: `python -m backdoorbench_mcl.describe FOLDER` (see `children`).
 
 Importing a plugin's class may cost seconds (torch), print, hang, exit or crash. It happens here, so that the
 driver answers at once, and learns of every class only what this process wrote down.
@@ -10,10 +10,10 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from . import api
+from .children import serve
 from .errors import BbmclError, PluginError
 from .method import Method, schema
 
@@ -148,9 +148,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer every request; the replies are written last, so a crash leaves no file."""
-    requests, replies = Path(sys.argv[1]), Path(sys.argv[2])
-    replies.write_text(json.dumps([answer(request) for request in json.loads(requests.read_text())]))
+    serve(answer)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Progress:
         self._bad += not good
         seeds = str(row.victim_seed) if row.defense_seed is None else f"{row.victim_seed}/{row.defense_seed}"
         name = one_line(f"{row.attack} / {row.defense}, seed {seeds}", 90)
-        result = _result(row) if row.state == "ok" else row.state + _why(row.reason)
+        result = _result(row) if row.state == "ok" else row.state + _why(row.reason) + _whose(row.blame)
         self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good)
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, completed=self._cells, speed=self._summary())
@@ -204,6 +204,10 @@ def _result(row: Row) -> str:
 
 def _why(reason: str) -> str:
     return f" ({one_line(reason, 200)})" if reason else ""
+
+
+def _whose(blame: str) -> str:
+    return f"; {one_line(blame, 200)}" if blame else ""
 
 
 def duration(seconds: float) -> str:

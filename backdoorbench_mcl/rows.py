@@ -35,6 +35,7 @@ class Row:
     clean_rate: float | None
     state: State
     reason: str = ""
+    blame: str = ""  # of a cell that failed: package, version and file of the method, and how to go on without it
     asr_before: float | None = None
     ba_before: float | None = None
     asr: float | None = None

@@ -185,7 +185,8 @@ def failures(block: Block) -> list[str]:
         text = f"{row.state}: {row.attack} / {row.defense}, victim seed {row.victim_seed}"
         if row.defense_seed is not None:
             text += f", defense seed {row.defense_seed}"
-        lines.append(f"{text}: {row.reason}" if row.reason else text)
+        text = f"{text}: {row.reason}" if row.reason else text
+        lines.append(f"{text} ({row.blame})" if row.blame else text)
     more = len(lines) - MAX_FAILURES
     return lines if more <= 0 else [*lines[:MAX_FAILURES], f"and {more} more (--format json has all reasons)"]
 
