@@ -36,17 +36,17 @@ def brief(error: BaseException) -> str:
 
 
 def answer(request: Mapping[str, Any]) -> Reply:
-    """What one entry point offers: {"ok": {"entries", "observes", "file", "seconds", "printed", "problems"}}.
+    """What one entry point offers: {"ok": {"entries", "observes", "seconds", "printed", "problems"}}.
 
     request: "dist" [name, version], "point", "value" as in entry_points.txt, "requires": what its metadata demand.
     """
     entries: list[dict[str, Any]] = []
     problems: list[str] = []
-    out: dict[str, Any] = {"entries": entries, "observes": False, "file": "", "problems": problems}
+    out: dict[str, Any] = {"entries": entries, "observes": False, "problems": problems}
     before, started = _written(), time.monotonic()
     try:
         _require(request["requires"])
-        module = _load(request, out)
+        module = _load(request)
         manager = _registered(module)
         for hook in COLLECTING:
             for implementation in getattr(manager.hook, hook).get_hookimpls():
@@ -82,15 +82,12 @@ def _require(lines: Sequence[str]) -> None:
             raise _Broken(f"requires {line}, but {DIST} {__version__} is installed; install a version that fits")
 
 
-def _load(request: Mapping[str, Any], out: dict[str, Any]) -> Any:
+def _load(request: Mapping[str, Any]) -> Any:
     value = request["value"]
     try:
-        point = EntryPoint(request["point"], value, NAMESPACE)
-        module = point.load()
+        return EntryPoint(request["point"], value, NAMESPACE).load()
     except BaseException as error:  # a plugin may raise anything, also what ends a process
         raise _Broken(f"cannot import {value!r}: {brief(error)}") from error
-    out["file"] = str(getattr(sys.modules.get(point.module), "__file__", None) or "")
-    return module
 
 
 def _registered(module: Any) -> pluggy.PluginManager:

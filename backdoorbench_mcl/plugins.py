@@ -178,12 +178,12 @@ def load(
     names = Counter(point.name for _, point in points)
     wanted, disabled = environ.get("BBMCL_PLUGINS"), environ.get("BBMCL_DISABLE", "")
     chosen = [(d, p) for d, p in points if _selected(p.name, _name(d), wanted, disabled)]
-    folder = (caches.cache_folder(environ) if cache is None else cache) / "listings"
+    folder = (caches.cache_folder() if cache is None else cache) / "listings"
     found = Plugins()
     for (dist, point), reply in zip(chosen, _replies([_request(*one) for one in chosen], folder), strict=True):
         told = reply.get("ok", {})
         name = _name(dist)
-        file = told.get("file") or str(caches.source(_module(point.value)) or dist.locate_file(""))
+        file = str(caches.source(_module(point.value)) or dist.locate_file(""))
         skip = point.name if names[point.name] == 1 else f"{name}/{point.name}"
         plugin = Plugin(point.name, name, dist.version, point.value, file, skip)
         if not told:
