@@ -289,7 +289,7 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     """Seeds, threads, determinism and confinement of this process.
 
     Returns the isolation that was reached, and for "process" the list, growing from now on, of files that Python
-    code opens although they were not granted: what cannot be prevented at least marks the row.
+    code opens, or changes, although they were not granted: what cannot be prevented at least marks the row.
     """
     spec = job.spec
     random.seed(spec["seeds"]["init"])
@@ -315,7 +315,7 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     write = [job.folder, snapshot]
     if spec["isolation"] == "landlock" and confine(read, write) == "landlock":
         return "landlock", []
-    return "process", watch([*read, *write])
+    return "process", watch(read, write)
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
