@@ -300,6 +300,7 @@ class Matrix:
             "threads": common["threads"],
             "isolation": result.get("isolation", common["isolation"]),
             "strays": result.get("strays", []),
+            "changed": result.get("changed", []),
             "curves": result.get("curves", {}),
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
@@ -449,12 +450,17 @@ class Matrix:
             extra.update(self._retuned(name, extras[name]))
         worker = own[0] if own else judged
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
+        strays, changed = (
+            tuple(dict.fromkeys(item for stage in guests for item in stage.numerics.get(name, ())))
+            for name in ("strays", "changed")
+        )
+        key = next((s.key for s in guests if s.numerics.get("strays") or s.numerics.get("changed")), worker.key)
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
             seconds_shared=None if seconds is None or beside is None else seconds + beside,
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
-            strays=tuple(dict.fromkeys(path for stage in guests for path in stage.numerics.get("strays", ()))),
+            strays=strays, changed=changed, blame=self.plan.nodes[key].actor.blame if strays or changed else "",
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,

@@ -160,7 +160,8 @@ class Progress:
         self._bad += not good
         seeds = str(row.victim_seed) if row.defense_seed is None else f"{row.victim_seed}/{row.defense_seed}"
         name = one_line(f"{row.attack} / {row.defense}, seed {seeds}", 90)
-        result = _result(row) if row.state == "ok" else row.state + _why(row.reason) + _whose(row.blame)
+        result = _result(row) if row.state == "ok" else row.state + _why(row.reason)
+        result += _marks(row)
         self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good)
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, completed=self._cells, speed=self._summary())
@@ -206,8 +207,11 @@ def _why(reason: str) -> str:
     return f" ({one_line(reason, 200)})" if reason else ""
 
 
-def _whose(blame: str) -> str:
-    return f"; {one_line(blame, 200)}" if blame else ""
+def _marks(row: Row) -> str:
+    """What else a method did, and whose it is."""
+    said = [f"changed the {', '.join(row.changed)} of its process"] if row.changed else []
+    said += [f"opened or changed {row.strays[0]}, which was not granted"] if row.strays else []
+    return "".join(f"; {one_line(text, 200)}" for text in (*said, row.blame) if text)
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 State = Literal["ok", "n/a", "failed", "killed", "timeout", "diverged"]
 FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
 SCHEMA = 1
-_TUPLES = ("knows", "strays", "overrides")
+_TUPLES = ("knows", "strays", "changed", "overrides")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Row:
     clean_rate: float | None
     state: State
     reason: str = ""
-    blame: str = ""  # of a cell that failed: package, version and file of the method, and how to go on without it
+    blame: str = ""  # where a cell failed or has strays or changed: the method's package, version, file, how to skip it
     asr_before: float | None = None
     ba_before: float | None = None
     asr: float | None = None
@@ -88,7 +88,8 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
-    strays: tuple[str, ...] = ()  # without Landlock: files that the method opened although they were not granted
+    strays: tuple[str, ...] = ()  # without Landlock: files that the method opened or changed although they were not granted
+    changed: tuple[str, ...] = ()  # what a method altered of the state that all code of its process shares
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False

@@ -166,6 +166,9 @@ def _machine(block: Block) -> str:
     strays = sum(bool(row.strays) for row in runs)
     if strays:
         parts.append(f"{strays} run{'s' * (strays > 1)} opened files that were not granted (strays in --format json)")
+    changed = sum(bool(row.changed) for row in runs)
+    if changed:
+        parts.append(f"{changed} run{'s' * (changed > 1)} changed what a process shares (changed in --format json)")
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 
