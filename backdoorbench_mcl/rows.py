@@ -88,7 +88,9 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
-    strays: tuple[str, ...] = ()  # without Landlock: files that the method opened or changed although they were not granted
+    strays: tuple[
+        str, ...
+    ] = ()  # without Landlock: files that the method opened or changed although they were not granted
     changed: tuple[str, ...] = ()  # what a method altered of the state that all code of its process shares
     device: str = "cpu"
     threads: int | None = None
