@@ -138,9 +138,11 @@ def card(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One reply: `{"ok": ...}` or `{"error": line}`."""
+    """One reply: `{"ok": ...}`, or `{"error": line}`, with `"broken"` where nothing that was typed is to blame."""
     try:
         return {"ok": card(request) if request["ask"] == "card" else describe(request)}
+    except PluginError as error:
+        return {"error": str(error), "broken": True}
     except BbmclError as error:
         return {"error": str(error)}
     except (Exception, SystemExit) as error:  # whatever a plugin's constructor raises is the plugin's

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import api, datacache, globals, kit
+from . import api, datacache, globalstate, kit
 from .confine import confine, interpreter_paths, watch
 from .errors import BbmclError, Diverged, NotApplicable, PluginError
 from .inversions import invert, verdict
@@ -352,7 +352,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
         (folder / "out").mkdir(exist_ok=True)
         result["isolation"], strays = _settle(job)
         settled()
-        before = globals.taken()
+        before = globalstate.taken()
         BODIES[spec["job"]](job)
     except (Exception, SystemExit) as error:  # a method may raise anything; its cell fails, nothing else does
         traceback.print_exc()
@@ -362,7 +362,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     if job.device.type == "cuda" and torch.cuda.is_initialized():
         result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     result["strays"] = strays[:20]
-    result["changed"] = globals.changed(before) if before else []
+    result["changed"] = globalstate.changed(before) if before else []
     result["curves"] = job.curves
     scratch = folder / "result.json.part"
     scratch.write_text(json.dumps(result))

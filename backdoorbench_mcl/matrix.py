@@ -340,16 +340,17 @@ class Matrix:
 
     def _tell(self, row: Row) -> None:
         for plugin, observer in self.observers[:]:
+            told = ""
             try:
                 with plugins.guest():
                     observer(row=row)  # type: ignore[call-arg]
+            except PluginError as error:  # it hung or wanted to end the run, which a second time would cost as much
+                self.observers.remove((plugin, observer))
+                told = str(error)
             except Exception as error:  # an observer is a guest: it cannot end the run
-                ended = isinstance(error, PluginError)
-                told = str(error) if ended else f"raised {type(error).__name__}: {error}"
-                if ended:  # a second time would cost as much
-                    self.observers.remove((plugin, observer))
-                if plugin not in self.blamed:
-                    self.display.note(str(plugins.Problem(plugin, f"bbmcl_cell_finished {told}")))
+                told = f"raised {type(error).__name__}: {error}"
+            if told and plugin not in self.blamed:
+                self.display.note(str(plugins.Problem(plugin, f"bbmcl_cell_finished {told}")))
                 self.blamed.add(plugin)
 
     def _score(self, cell: Cell) -> Row | None:
@@ -450,17 +451,14 @@ class Matrix:
             extra.update(self._retuned(name, extras[name]))
         worker = own[0] if own else judged
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
-        strays, changed = (
-            tuple(dict.fromkeys(item for stage in guests for item in stage.numerics.get(name, ())))
-            for name in ("strays", "changed")
-        )
-        key = next((s.key for s in guests if s.numerics.get("strays") or s.numerics.get("changed")), worker.key)
+        marked = [stage for stage in guests if any(stage.numerics.get(name) for name in remarks.MARKS)]
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
             seconds_shared=None if seconds is None or beside is None else seconds + beside,
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
-            strays=strays, changed=changed, blame=self.plan.nodes[key].actor.blame if strays or changed else "",
+            **remarks.marks([stage.numerics for stage in marked]),
+            blame=self.plan.nodes[marked[0].key].actor.blame if marked else "",
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,

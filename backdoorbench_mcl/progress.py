@@ -162,7 +162,7 @@ class Progress:
         name = one_line(f"{row.attack} / {row.defense}, seed {seeds}", 90)
         result = _result(row) if row.state == "ok" else row.state + _why(row.reason)
         result += _marks(row)
-        self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good)
+        self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good or bool(row.blame))
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, completed=self._cells, speed=self._summary())
 

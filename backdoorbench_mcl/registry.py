@@ -128,7 +128,7 @@ class Registry:
     def describe(self, wanted: Sequence[Wanted]) -> list[Described]:
         """Configured objects for `wanted`, in order; one child answers whatever the cache does not hold.
 
-        Raises UserError for a bad parameter, PluginError for a broken plugin.
+        Raises UserError for a bad parameter and, with the plugin's name, for a class that cannot be used.
         """
         requests = [self._request(want) for want in wanted]
         replies = self._ask([request for request, _ in requests])
@@ -139,7 +139,7 @@ class Registry:
                 if want.kind == "recipe" and line.startswith("recipe:"):  # as the user knows it: train or defend
                     line = want.selection.name + line[len("recipe") :]
                 if not want.lenient:
-                    raise UserError(line)
+                    raise UserError(str(Problem(offer.plugin, line)) if offer and "broken" in reply else line)
                 nothing = {"params": {}, "version": 0, "repr": want.selection.label, "identity": {}}
                 out.append(_described(want, request, offer, nothing).broken(line))
                 continue
@@ -212,7 +212,7 @@ class Registry:
     def _child(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout)
         return [
-            {"error": f"{request['target']} of {request['dist'][0]} {reply['fate']}"} if "fate" in reply else reply
+            {"error": f"{request['target']} {reply['fate']}", "broken": True} if "fate" in reply else reply
             for request, reply in zip(requests, replies, strict=True)
         ]
 

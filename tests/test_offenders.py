@@ -34,7 +34,7 @@ NOTICED = {
 }
 FAILED = {  # state and reason of its cell
     "abstract": ("failed", "off_abstract_method:Offender lacks defend()"),
-    "broken-class": ("failed", "off_broken_class_method:Offender of off-broken-class ended its process with status 4"),
+    "broken-class": ("failed", "off_broken_class_method:Offender ended its process with status 4"),
     "raises": ("failed", "ValueError: no idea how to repair this"),
     "hangs": ("timeout", "took longer than --timeout 20 s"),
     "segfaults": ("killed", "SIGSEGV"),
@@ -144,6 +144,34 @@ def assert_blamed(name: str, shown: str, row: Row) -> None:
     assert row.blame == f"off-{name} 1.0, {file}; skip it with BBMCL_DISABLE=off-{name}"
     (line,) = [line for line in shown.splitlines() if line.endswith(f"; {row.blame}")]
     assert f"] badnets / {name}, seed 0/0: " in line
+
+
+def test_who_asks_for_a_broken_method_by_name_is_told_at_once(site: Site) -> None:
+    done = site.matrix("ft,abstract", settings=(), BBMCL_PLUGINS="off-abstract,toy,attacks,defenses")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"bbmcl: plugin off-abstract/off-abstract (off-abstract 1.0, {site.folder / 'off_abstract.py'}): "
+        "off_abstract_method:Offender lacks defend(); skip it with BBMCL_DISABLE=off-abstract"
+    )
+    shown = site.bbmcl("show", "abstract", BBMCL_PLUGINS="off-abstract")
+    assert (shown.returncode, shown.stderr) == (2, done.stderr.splitlines()[-1] + "\n")
+
+
+def test_a_broken_attack_that_nobody_named_costs_its_cells(site: Site) -> None:
+    only = "off-abstract-attack,toy,defenses"
+    done = site.bbmcl(
+        "matrix", "--attacks", "all", "--defenses", "bbmcl-toy/same", "--dataset", "tiny", "--model", "tiny-net",
+        "--runs", "attacks", "--format", "json", BBMCL_PLUGINS=only,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    rows = [Row.from_dict(item) for item in json.loads(done.stdout)]
+    assert [row.defense for row in rows] == ["before", "bbmcl-toy/same"]
+    for row in rows:
+        assert (row.attack, row.state) == ("abstract", "failed")
+        assert row.reason.endswith("off_abstract_attack_method:Offender lacks poison(), stamp()")
+        assert row.blame.startswith("off-abstract-attack 1.0, off_abstract_attack_method.py; skip it with")
+    stored = site.bbmcl("report", "--runs", "attacks", "--format", "json")
+    assert (stored.returncode, json.loads(stored.stdout)) == (0, [])  # once it is repaired, they would stay
 
 
 def test_writing_outside_fails_or_marks_the_cell(site: Site, matrix: Finished) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backdoorbench_mcl import children, memory, plugins
+from backdoorbench_mcl import __version__, children, memory, plugins
 from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.hooks import Entry
 from backdoorbench_mcl.registry import Registry
@@ -192,7 +192,7 @@ def test_a_slow_import_is_a_notice(install: Installer, monkeypatch: pytest.Monke
 def test_a_plugin_for_another_version_is_one_line(
     install: Installer, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
-    assert plugins.__version__ == "0.1.0"
+    assert __version__ == "0.1.0"
     found = plugins.load({}, [install("new", GOOD, more=f"Requires-Dist: {line}\n")])
     assert [message in str(problem) for problem in found.problems] == [True] * bool(message)
     assert [o.entry.name for o in found.offers] == ["good"] * (not message)
