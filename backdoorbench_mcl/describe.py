@@ -46,7 +46,7 @@ def load_class(target: str, kind: str) -> type[Method]:
         )
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
-        raise PluginError(f"{target} lacks {', '.join(missing)}()")
+        raise PluginError(f"{target} lacks {'(), '.join(missing)}()")
     return found
 
 
