@@ -7,12 +7,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Role = Literal[
     "poison",
@@ -70,6 +71,8 @@ def clean_index(
 
     exclude: indices that are passed over. Raises UserError where too few are left.
     """
+    import numpy as np  # 50 ms that `bbmcl show`, which needs keys only, does not spend
+
     count = clean_count(total, rate)
     order = np.random.Generator(np.random.PCG64(split_seed)).permutation(total).astype(np.int64)
     if exclude is not None:

@@ -53,6 +53,9 @@ Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwar
 Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
 Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that one job may take.")]
+Memory = Annotated[
+    float | None, typer.Option(envvar="BBMCL_MEMORY", metavar="GB", help="Memory that one job may hold.")
+]
 Isolation = Annotated[str, typer.Option(help="auto, landlock, process or inline.")]
 Retry = Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")]
@@ -114,6 +117,7 @@ def matrix(
     workers: Workers = None,
     threads_per_job: Threads = None,
     timeout: Timeout = None,
+    memory: Memory = None,
     isolation: Isolation = "auto",
     retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
@@ -134,7 +138,7 @@ def matrix(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
         precision, data_root, exclude_poisoned, tuple(sweep or ()), retune,
     )  # fmt: skip
-    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
+    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry, memory=memory)
     if dry_run:
         print("\n".join(runner.dry_run(options, settings)))
         return
@@ -158,6 +162,7 @@ def reproduce(
     workers: Workers = None,
     threads_per_job: Threads = None,
     timeout: Timeout = None,
+    memory: Memory = None,
     isolation: Isolation = "auto",
     retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
@@ -174,7 +179,7 @@ def reproduce(
         "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget, overrides=tuple(set_ or ()),
         device=device, precision=precision, data_root=data_root,
     )  # fmt: skip
-    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry)
+    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry, memory=memory)
     if dry_run:
         for one, options in pinned.planned(target, base, _say):
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
@@ -275,7 +280,7 @@ def gallery(
 
 @app.command()
 def plugins(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List every method, where it comes from, and what is wrong with plugins that could not be used."""
+    """List every method, where it comes from, and what is wrong with plugins that could not be used, or odd."""
     from . import plugins as door
     from .text import one_line
 
@@ -291,7 +296,8 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
         for o in found.of(kind)  # type: ignore[arg-type]
     ]  # fmt: skip
     if as_json:
-        print(json.dumps({"methods": table, "problems": [str(p) for p in found.problems]}, indent=1))
+        told = {"problems": [str(p) for p in found.problems], "notices": [str(p) for p in found.notices]}
+        print(json.dumps({"methods": table, **told}, indent=1))
         return
     width = max((len(str(line["name"])) for line in table), default=0)
     for kind in kinds:
@@ -303,16 +309,18 @@ def plugins(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
                 print(f"  {line['name']:{width}}  {text}")
     for problem in found.problems:
         _say(one_line(str(problem)))
+    for notice in found.notices:
+        _say(one_line(f"note: {notice}"))
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A method, as bbmcl plugins lists it.")]) -> None:
     """Print a method's card: what it is, and its parameters with bounds and defaults."""
-    from . import runner
+    from . import plugins as door
+    from .registry import Registry, cache_folder
     from .report import card
 
-    known = runner.registry()
-    print(card.render(known, name))
+    print(card.render(Registry(door.load(), cache_folder()), name))
 
 
 @app.command()

@@ -15,9 +15,9 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 # Numbers are the same on every architecture but alpha (include/uapi/asm-generic/unistd.h).
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446
@@ -203,20 +203,38 @@ def _outermost(paths: Iterable[Path]) -> list[Path]:
 # ---------------------------------------------------------------- where there is no Landlock
 
 
-def watch(allowed: Sequence[Path]) -> list[str]:
-    """Note every file that Python code opens outside `allowed` from now on; the list that is returned grows.
+_CHANGES: Mapping[str, tuple[tuple[int, int], ...]] = {  # audit event -> places of each path and of its folder
+    "os.mkdir": ((0, 2),), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.truncate": ((0, -1),),
+    "os.rename": ((0, 2), (1, 3)), "os.link": ((1, 3),), "os.symlink": ((1, 2),),
+}  # fmt: skip
+
+
+def watch(read: Sequence[Path], write: Sequence[Path]) -> list[str]:
+    """Note every file that Python code opens outside `read` and `write` from now on, or changes outside `write`; the
+    list that is returned grows.
 
     For processes that `confine` could not bind. It prevents nothing and does not see what C code opens; a method
     that reaches for other files by accident is found, one that hides it is not.
     """
-    roots = [os.path.realpath(path) for path in allowed]
+    changed = [os.path.realpath(path) for path in write]
+    opened = [*changed, *(os.path.realpath(path) for path in read)]
     seen: list[str] = []
 
-    def note(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], (str, bytes)):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            names, changes = [arguments[0]], bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        else:  # a name that is relative to an open folder was noted when that was opened
+            names = [arguments[i] for i, handle in _CHANGES.get(event, ()) if (*arguments, -1)[handle] == -1]
+            changes = True
+        for name in names:
+            if not isinstance(name, (str, bytes)):
+                continue
+            path = os.path.realpath(os.fsdecode(name))
             if f"{os.sep}__pycache__{os.sep}" in path:  # the interpreter's own doing
-                return
+                continue
+            if not changes and not os.path.isabs(name) and not os.path.exists(path):
+                continue  # relative to an open folder, which the event does not tell: `shutil.rmtree` does that
+            roots = changed if changes and not path.startswith("/dev/") else opened
             if path not in seen and not any(path == root or path.startswith(root + os.sep) for root in roots):
                 seen.append(path)
 

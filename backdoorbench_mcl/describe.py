@@ -1,4 +1,4 @@
-"""The child that reads classes: `python -m backdoorbench_mcl.describe REQUESTS REPLIES` (two JSON files).
+"""The child that reads classes: `python -m backdoorbench_mcl.describe FOLDER` (see `children`).
 
 Importing a plugin's class may cost seconds (torch), print, hang, exit or crash. It happens here, so that the
 driver answers at once, and learns of every class only what this process wrote down.
@@ -11,10 +11,10 @@ import json
 import sys
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from . import api
+from .children import serve
 from .errors import BbmclError, PluginError
 from .method import Method, schema
 
@@ -53,7 +53,7 @@ def load_class(target: str, kind: str) -> type[Method]:
         own = "train" if found.controls == "training" else "poison"
         missing += [own] if getattr(found, own) is getattr(api.Attack, own) else []
     if missing:
-        raise PluginError(f"{target} lacks {', '.join(missing)}()")
+        raise PluginError(f"{target} lacks {'(), '.join(missing)}()")
     return found
 
 
@@ -147,9 +147,11 @@ def card(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """One reply: `{"ok": ...}` or `{"error": line}`."""
+    """One reply: `{"ok": ...}`, or `{"error": line}`, with `"broken"` where nothing that was typed is to blame."""
     try:
         return {"ok": card(request) if request["ask"] == "card" else describe(request)}
+    except PluginError as error:
+        return {"error": str(error), "broken": True}
     except BbmclError as error:
         return {"error": str(error)}
     except (Exception, SystemExit) as error:  # whatever a plugin's constructor raises is the plugin's
@@ -157,9 +159,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer every request; the replies are written last, so a crash leaves no file."""
-    requests, replies = Path(sys.argv[1]), Path(sys.argv[2])
-    replies.write_text(json.dumps([answer(request) for request in json.loads(requests.read_text())]))
+    serve(answer)
 
 
 if __name__ == "__main__":

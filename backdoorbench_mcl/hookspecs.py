@@ -58,7 +58,9 @@ def bbmcl_datasets() -> Sequence[Entry]:
 
 @hookspec
 def bbmcl_cell_finished(row: Row) -> None:
-    """Called in the driver after a row is stored; a return value is ignored, an exception is reported and dropped.
+    """Called in the driver after a row is settled; a return value is ignored, an exception is reported and dropped.
+
+    Prints go to standard error; one that takes more than ten seconds or calls `sys.exit` is not called again.
 
     Example: `print(row.attack, row.defense, row.asr)`
     """

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from . import api, datacache, kit
+from . import api, datacache, globalstate, kit
 from .confine import confine, interpreter_paths, watch
 from .describe import jsonable
 from .errors import BbmclError, Diverged, NotApplicable, PluginError
@@ -136,7 +136,7 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     """Seeds, threads, determinism and confinement of this process.
 
     Returns the isolation that was reached, and for "process" the list, growing from now on, of files that Python
-    code opens although they were not granted: what cannot be prevented at least marks the row.
+    code opens, or changes, although they were not granted: what cannot be prevented at least marks the row.
     """
     spec = job.spec
     random.seed(spec["seeds"]["init"])
@@ -163,7 +163,7 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     write = [job.folder, snapshot]
     if spec["isolation"] == "landlock" and confine(read, write) == "landlock":
         return "landlock", []
-    return "process", watch([*read, *write])
+    return "process", watch(read, write)
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
@@ -195,10 +195,12 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     job = Job(folder, spec, tick)
     result: dict[str, Any] = {"state": "ok", "reason": "", "isolation": spec["isolation"]}
     strays: list[str] = []
+    before: dict[str, Any] = {}
     try:
         (folder / "out").mkdir(exist_ok=True)
         result["isolation"], strays = _settle(job)
         settled()
+        before = globalstate.taken()
         BODIES[spec["job"]](job)
     except (Exception, SystemExit) as error:  # a method may raise anything; its cell fails, nothing else does
         traceback.print_exc()
@@ -208,6 +210,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     if job.device.type == "cuda" and torch.cuda.is_initialized():
         result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     result["strays"] = strays[:20]
+    result["changed"] = globalstate.changed(before) if before else []
     result["curves"] = job.curves
     scratch = folder / "result.json.part"
     scratch.write_text(json.dumps(result))

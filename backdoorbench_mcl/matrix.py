@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from . import artefacts, evaluate, provenance, remarks
+from . import artefacts, evaluate, plugins, provenance, remarks
 from .artefacts import Damaged
 from .engines.local import Finished, Isolation, Local, Progress
-from .errors import BbmclError, NotApplicable, UserError
+from .errors import BbmclError, NotApplicable, PluginError, UserError
 from .grant import Grants, poisoned
 from .plan import Cell, Node, Plan
+from .plugins import Plugin
 from .progress import Progress as Display
 from .rows import FINAL_STATES, Row
 from .store import Claim, Stage, Store
@@ -47,11 +48,14 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"; key: the stage, if one."""
+    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"; key: the stage, if one;
+    blame: whose it is.
+    """
 
     state: str
     reason: str
     key: str = ""
+    blame: str = ""
 
 
 class Matrix:
@@ -59,7 +63,7 @@ class Matrix:
 
     def __init__(
         self, plan: Plan, store: Store, grants: Grants, engine: Local, display: Display, *, retry: bool = True,
-        observers: Sequence[tuple[str, Observer]] = (),
+        observers: Sequence[tuple[Plugin, Observer]] = (),
     ) -> None:  # fmt: skip
         self.plan = plan
         self.store = store
@@ -67,11 +71,16 @@ class Matrix:
         self.engine = engine
         self.display = display
         self.retry = retry
-        self.observers = observers
+        self.observers = list(observers)
+        self.blamed: set[Plugin] = set()  # observers whose failure was told
         self.stages: dict[str, Stage] = {}
         self.absent: set[str] = set()  # not stored when it was last looked for
         self.seen = -1  # `Store.changes` at that time
-        self.failures: dict[str, Failure] = {}
+        self.failures = {  # to begin with, stages whose method is no good
+            node.key: Failure("failed", node.actor.problem, node.key, node.actor.blame)
+            for node in plan.nodes.values() if node.actor.problem
+        }  # fmt: skip
+        self.never = frozenset(self.failures)
         self.running: dict[Path, _Job] = {}
         self.rows: dict[int, Row] = {}
         self.earlier: dict[int, Row] = {}  # rows that are scored again, for a stage beside the score
@@ -291,6 +300,7 @@ class Matrix:
             "threads": common["threads"],
             "isolation": result.get("isolation", common["isolation"]),
             "strays": result.get("strays", []),
+            "changed": result.get("changed", []),
             "curves": result.get("curves", {}),
             "machine": provenance.machine_class(str(common["device"])),
             "versions": self.versions,
@@ -301,7 +311,8 @@ class Matrix:
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)
 
     def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:
-        self.failures[node.key] = dataclasses.replace(failure, key=node.key)
+        blame = "" if failure.state == "n/a" else node.actor.blame
+        self.failures[node.key] = dataclasses.replace(failure, key=node.key, blame=blame)
         self.store.attempt(node.key, failure.state, failure.reason, log)
         self.display.finished(node.key, node.title, failure.state, seconds, failure.reason)
 
@@ -321,17 +332,26 @@ class Matrix:
                 moved = True
                 row = remarks.kept(row, self.earlier.get(i), cell.extras)
                 self.rows[i] = row
-                self.store.put_row(row)
+                if row.stages.get("failed") not in self.never:  # of no use later: its key is that of the fault
+                    self.store.put_row(row)
                 self.display.cell(row)
                 self._tell(row)
         return moved
 
     def _tell(self, row: Row) -> None:
-        for plugin, observer in self.observers:
+        for plugin, observer in self.observers[:]:
+            told = ""
             try:
-                observer(row=row)  # type: ignore[call-arg]
+                with plugins.guest():
+                    observer(row=row)  # type: ignore[call-arg]
+            except PluginError as error:  # it hung or wanted to end the run, which a second time would cost as much
+                self.observers.remove((plugin, observer))
+                told = str(error)
             except Exception as error:  # an observer is a guest: it cannot end the run
-                self.display.note(f"plugin {plugin}: bbmcl_cell_finished raised {type(error).__name__}: {error}")
+                told = f"raised {type(error).__name__}: {error}"
+            if told and plugin not in self.blamed:
+                self.display.note(str(plugins.Problem(plugin, f"bbmcl_cell_finished {told}")))
+                self.blamed.add(plugin)
 
     def _score(self, cell: Cell) -> Row | None:
         """The finished row, or None while something is still to be computed."""
@@ -381,7 +401,7 @@ class Matrix:
             if cause is not None:
                 node = self.plan.nodes[needed]
                 direct = role in ("weights", "trial") or cause is not self.failures.get(needed)
-                return cause if direct else Failure(cause.state, f"{node.title}: {cause.reason}", cause.key)
+                return cause if direct else dataclasses.replace(cause, reason=f"{node.title}: {cause.reason}")
         return None
 
     def _score_stage(self, key: str) -> dict[str, Any] | None:
@@ -406,7 +426,7 @@ class Matrix:
     def _failed(self, cell: Cell, cause: Failure) -> Row:
         common = self.grants.common
         return dataclasses.replace(
-            cell.row, state=cause.state, reason=cause.reason,  # type: ignore[arg-type]
+            cell.row, state=cause.state, reason=cause.reason, blame=cause.blame,  # type: ignore[arg-type]
             stages={"failed": cause.key} if cause.key else {},
             versions=self.versions, threads=common["threads"], isolation=common["isolation"],
         )  # fmt: skip
@@ -433,12 +453,14 @@ class Matrix:
         if worker.kind == "defend":
             extra["rebuild"] = self._meta(worker.key).get("rebuild", {}).get("function", "")
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
+        marked = [stage for stage in guests if any(stage.numerics.get(name) for name in remarks.MARKS)]
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
             seconds_shared=None if seconds is None or beside is None else seconds + beside,
             peak_mb=max(float(stage.cost.get("peak_mb", 0)) for stage in [judged, *own, *shared]),
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
-            strays=tuple(dict.fromkeys(path for stage in guests for path in stage.numerics.get("strays", ()))),
+            **remarks.marks([stage.numerics for stage in marked]),
+            blame=self.plan.nodes[marked[0].key].actor.blame if marked else "",
             device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,

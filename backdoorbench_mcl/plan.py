@@ -25,6 +25,12 @@ _REMAINING: Mapping[Kind, int] = {
 NEED = "need-"  # role of an input that a method asked for, with the method's name for it
 
 
+_ACTORS: Mapping[Kind, str] = {  # whose method does the work of a stage
+    "surrogate": "model", "train": "attack", "trial": "attack", "verdict": "inverter", "invert": "inverter",
+    "defend": "defense", "retune": "model", "predict": "model", "embed": "model",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Node:
     """One stage. spec: what is hashed; inputs: role -> key of another stage; methods: what the job constructs."""
@@ -40,6 +46,11 @@ class Node:
     target: int | None = None
     gated_by: str | None = None  # the `before` prediction that decides whether this stage is worth computing
     order: int = 0
+
+    @property
+    def actor(self) -> Described:
+        """The method that a failure of this stage is blamed on."""
+        return self.methods[_ACTORS[self.kind]]
 
     @property
     def rank(self) -> tuple[int, int]:

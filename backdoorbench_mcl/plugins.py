@@ -1,24 +1,27 @@
 """Find plugins through the entry-point group `bbmcl`; blame and contain the ones that break the contract.
 
-pluggy's own loader trusts too much: one ImportError ends the host, a misspelt hook registers silently, one
-raising hook ends the collection, and of two packages with one entry-point name the second is dropped. So each
-entry point is loaded here on its own; whatever goes wrong becomes one attributed `Problem`, that plugin (or
-that entry) is skipped, and all others go on. Free of torch.
+Entry modules are imported in a child (`listing`), and what they offer is kept in the cache: a plugin that hangs,
+exits, crashes or prints does so elsewhere, and a second call imports none. Whatever goes wrong becomes one attributed
+`Problem`, that plugin (or that entry) is skipped, and all others go on. Free of torch.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
-from types import ModuleType
+from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
-import pluggy
-
-from . import hookspecs
+from . import __version__, caches, children
 from .errors import PluginError
 from .hooks import NAMESPACE, Entry
 
@@ -31,16 +34,22 @@ HOOKS: Mapping[str, Kind] = {
     "bbmcl_datasets": "dataset",
 }
 OBSERVER = "bbmcl_cell_finished"
+DIST = "backdoorbench-mcl"
+SLOW = 2.0  # seconds: what importing torch takes, which an entry module must not
+PATIENCE = 10.0  # seconds for one entry point: five times SLOW, for a cold disk or a busy machine
+_CONTRACTS = ("hooks.py", "hookspecs.py", "listing.py")
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One loaded entry point and the distribution that it came from."""
+    """One entry point and the distribution that it came from. file: of its module; skip: what BBMCL_DISABLE takes."""
 
     name: str
     dist: str
     version: str
     module: str
+    file: str = ""
+    skip: str = ""
 
     @property
     def id(self) -> str:
@@ -63,22 +72,24 @@ class Offer:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a plugin, in one line, and how to go on without it."""
+    """What is wrong with a plugin (or, as a notice, odd about it), in one line, and how to go on without it."""
 
-    plugin: str
+    plugin: Plugin
     message: str
 
     def __str__(self) -> str:
-        return f"plugin {self.plugin}: {self.message}; skip it with BBMCL_DISABLE={self.plugin.split('/')[-1]}"
+        of = f"plugin {self.plugin.id} ({self.plugin.dist} {self.plugin.version}, {self.plugin.file})"
+        return f"{of}: {self.message}; skip it with BBMCL_DISABLE={self.plugin.skip or self.plugin.name}"
 
 
 @dataclass
 class Plugins:
-    """All usable methods, the problems met on the way, and the observers of finished cells."""
+    """All usable methods, the problems met on the way, notices of what disables nothing, and who observes cells."""
 
     offers: list[Offer] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    observers: list[tuple[str, Callable[..., object]]] = field(default_factory=list)
+    notices: list[Problem] = field(default_factory=list)
+    observing: list[tuple[Plugin, EntryPoint]] = field(default_factory=list)
 
     def of(self, kind: Kind) -> list[Offer]:
         """The offers of one kind, by name."""
@@ -97,92 +108,147 @@ def _entry_points(source: Iterable[Distribution]) -> list[tuple[Distribution, En
     for dist in source:
         for point in dist.entry_points:
             if point.group == NAMESPACE:  # the first on sys.path wins, as for imports
-                found.setdefault((dist.metadata["Name"], point.name), (dist, point))
+                found.setdefault((_name(dist), point.name), (dist, point))
     return [found[key] for key in sorted(found)]
 
 
-def _brief(error: BaseException) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+def _name(dist: Distribution) -> str:
+    return str(dist.metadata["Name"])
 
 
-class _Loader:
-    def __init__(self) -> None:
-        self.result = Plugins()
-        self.manager = pluggy.PluginManager(NAMESPACE)
-        self.manager.add_hookspecs(hookspecs)
-        self.known = [*HOOKS, OBSERVER]
-
-    def blame(self, plugin: str, message: str) -> None:
-        self.result.problems.append(Problem(plugin, message))
-
-    def load(self, dist: Distribution, point: EntryPoint) -> None:
-        plugin = Plugin(point.name, dist.metadata["Name"], dist.version, point.value)
-        try:
-            module = point.load()
-        except (Exception, SystemExit) as error:  # a plugin may raise anything on import
-            self.blame(plugin.id, f"cannot import {point.value!r}: {_brief(error)}")
-            return
-        misspelt = False
-        for hook in sorted(self._marked(module)):
-            if hook not in self.known:
-                close = difflib.get_close_matches(hook, self.known, 1)
-                hint = f", did you mean {close[0]!r}?" if close else f"; the hooks are {', '.join(self.known)}"
-                self.blame(plugin.id, f"unknown hook {hook!r}{hint}")
-                misspelt = True
-        if misspelt:
-            return
-        try:
-            self.manager.register(module, name=plugin.id)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            self.blame(plugin.id, _brief(error))
-            return
-        for hook, kind in HOOKS.items():
-            for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-                if implementation.plugin_name == plugin.id:
-                    self.collect(plugin, hook, kind, implementation)
-        for implementation in getattr(self.manager.hook, OBSERVER).get_hookimpls():
-            if implementation.plugin_name == plugin.id:
-                self.result.observers.append((plugin.id, implementation.function))
-
-    @staticmethod
-    def _marked(module: ModuleType) -> set[str]:
-        return {name for name in dir(module) if getattr(getattr(module, name, None), f"{NAMESPACE}_impl", None)}
-
-    def collect(self, plugin: Plugin, hook: str, kind: Kind, implementation: pluggy.HookImpl) -> None:
-        if implementation.wrapper or implementation.hookwrapper:
-            self.blame(plugin.id, f"{hook} is a hook wrapper; a collecting hook returns its own entries")
-            return
-        try:
-            entries: Any = implementation.function()
-        except (Exception, SystemExit) as error:
-            self.blame(plugin.id, f"{hook} raised {_brief(error)}")
-            return
-        if not isinstance(entries, Sequence) or not all(isinstance(entry, Entry) for entry in entries):
-            self.blame(plugin.id, f"{hook} returned {type(entries).__name__}, expected a list of Entry")
-            return
-        for entry in entries:
-            if any(o.kind == kind and o.full_name == f"{plugin.dist}/{entry.name}" for o in self.result.offers):
-                self.blame(plugin.id, f"{hook} offers {kind} {entry.name!r} a second time")
-            else:
-                self.result.offers.append(Offer(kind, entry, plugin))
+def _request(dist: Distribution, point: EntryPoint) -> dict[str, Any]:
+    """What the child is asked; together with the files behind it all that its answer depends on."""
+    required = [line for line in dist.requires or () if re.match(r"backdoorbench[-_.]+mcl(?![\w.-])", line, re.I)]
+    about = {"dist": [_name(dist), dist.version], "point": point.name, "value": point.value}
+    return {**about, "requires": required, "installed": __version__}
 
 
-def load(environ: Mapping[str, str] = os.environ, source: Iterable[Distribution] | None = None) -> Plugins:
+def _module(value: str) -> str:
+    """The module of an entry point's value, which need not be well-formed."""
+    return re.split(r"[\s:\[]", value, maxsplit=1)[0]
+
+
+def _replies(requests: Sequence[Mapping[str, Any]], cache: Path) -> list[children.Reply]:
+    """A listing for each request. Only what is in order is kept: a fault may lie in what was not hashed."""
+    files = [cache / f"{caches.key([r, caches.code(_module(r['value']), _CONTRACTS)])}.json" for r in requests]
+    kept = [caches.read(file) for file in files]
+    missing = [i for i, reply in enumerate(kept) if reply is None]
+    if missing:
+        fresh = children.ask("backdoorbench_mcl.listing", [requests[i] for i in missing], PATIENCE)
+        for i, reply in zip(missing, fresh, strict=True):
+            kept[i] = reply
+            if "ok" in reply and not reply["ok"]["problems"]:
+                caches.write(files[i], reply)
+    return [reply or {} for reply in kept]
+
+
+def _collect(found: Plugins, plugin: Plugin, entries: Sequence[Mapping[str, Any]]) -> None:
+    for fields in entries:
+        kind = HOOKS[fields["hook"]]
+        given = {name: value for name, value in fields.items() if name != "hook"}
+        offer = Offer(kind, Entry(**{**given, "may_know": tuple(given["may_know"])}), plugin)
+        if any(o.kind == kind and o.full_name == offer.full_name for o in found.offers):
+            found.problems.append(Problem(plugin, f"{fields['hook']} offers {kind} {offer.entry.name!r} a second time"))
+        else:
+            found.offers.append(offer)
+
+
+def _namesakes(found: Plugins) -> Iterator[Problem]:
+    """A notice for every offer whose name another package has too; the shipped ones are nobody's namesakes."""
+    for offer in found.offers:
+        others = [
+            o.full_name for o in found.offers
+            if (o.kind, o.entry.name) == (offer.kind, offer.entry.name) and o.plugin.dist != offer.plugin.dist
+        ]  # fmt: skip
+        if others and offer.plugin.dist != DIST:
+            message = f"{offer.kind} {offer.entry.name!r} is the name of another package's too"
+            yield Problem(offer.plugin, f"{message}; write {' or '.join([offer.full_name, *others])}")
+
+
+def load(
+    environ: Mapping[str, str] = os.environ, source: Iterable[Distribution] | None = None, cache: Path | None = None
+) -> Plugins:
     """Load every plugin of this installation.
 
     `BBMCL_PLUGINS=a,b` loads just those entry points, `BBMCL_DISABLE=a` skips some (each by its name or as
     `dist/name`), `BBMCL_STRICT=1` raises PluginError at the first problem. `source` replaces the installed
-    distributions, for tests.
+    distributions, for tests; cache: where listings are kept, by default the user's cache folder.
     """
-    loader = _Loader()
-    for dist, point in _entry_points(distributions() if source is None else source):
-        name = dist.metadata["Name"]
-        if _selected(point.name, name, environ.get("BBMCL_PLUGINS"), environ.get("BBMCL_DISABLE", "")):
-            loader.load(dist, point)
-    if loader.result.problems and environ.get("BBMCL_STRICT") == "1":
-        raise PluginError(str(loader.result.problems[0]))
-    return loader.result
+    points = _entry_points(distributions() if source is None else source)
+    names = Counter(point.name for _, point in points)
+    wanted, disabled = environ.get("BBMCL_PLUGINS"), environ.get("BBMCL_DISABLE", "")
+    chosen = [(d, p) for d, p in points if _selected(p.name, _name(d), wanted, disabled)]
+    folder = (caches.cache_folder() if cache is None else cache) / "listings"
+    found = Plugins()
+    for (dist, point), reply in zip(chosen, _replies([_request(*one) for one in chosen], folder), strict=True):
+        told = reply.get("ok", {})
+        name = _name(dist)
+        file = str(caches.source(_module(point.value)) or dist.locate_file(""))
+        skip = point.name if names[point.name] == 1 else f"{name}/{point.name}"
+        plugin = Plugin(point.name, name, dist.version, point.value, file, skip)
+        if not told:
+            found.problems.append(Problem(plugin, f"cannot import {point.value!r}: {reply.get('fate', 'no answer')}"))
+            continue
+        found.problems += [Problem(plugin, line) for line in told["problems"]]
+        _collect(found, plugin, told["entries"])
+        if told["observes"]:
+            found.observing.append((plugin, point))
+        if told["printed"]:
+            found.notices.append(Problem(plugin, f"prints while it is listed ({told['printed']!r})"))
+        if told["seconds"] > SLOW:
+            line = f"took {told['seconds']:.1f} s to list, expected at most {SLOW:g} s: import torch where it is used"
+            found.notices.append(Problem(plugin, line))
+    found.notices += _namesakes(found)
+    if found.problems and environ.get("BBMCL_STRICT") == "1":
+        raise PluginError(str(found.problems[0]))
+    return found
 
 
-__all__ = ["HOOKS", "Kind", "Offer", "Plugin", "Plugins", "Problem", "load"]
+# ---------------------------------------------------------------- observers
+
+
+class _TooLong(BaseException):
+    """Raised in an observer that has used up its time; none that `except Exception` would swallow."""
+
+
+@contextlib.contextmanager
+def guest(seconds: float = PATIENCE) -> Iterator[None]:
+    """A plugin's code runs in this process: what it prints goes to standard error, and it ends in time.
+
+    Raises PluginError for a SystemExit, and for what takes longer than `seconds` (in the main thread, where alone
+    Python can be interrupted); other exceptions are let through.
+    """
+
+    def ring(signum: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    timed = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, ring) if timed else None
+    left = signal.setitimer(signal.ITIMER_REAL, seconds) if timed else (0.0, 0.0)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise PluginError(f"called sys.exit({error.code!r})") from error
+    except _TooLong:
+        raise PluginError(f"did not return within {seconds:g} s") from None
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_REAL, *left)  # of whoever uses the timer around this
+
+
+def observers(found: Plugins) -> list[tuple[Plugin, Callable[..., object]]]:
+    """The observers of finished cells, imported into this process; one that cannot be adds to the problems."""
+    out: list[tuple[Plugin, Callable[..., object]]] = []
+    for plugin, point in found.observing:
+        try:
+            with guest():
+                out.append((plugin, getattr(point.load(), OBSERVER)))
+        except Exception as error:  # it could be imported by the child, but here it may still raise anything
+            found.problems.append(Problem(plugin, f"cannot import {point.value!r}: {type(error).__name__}: {error}"))
+    return out
+
+
+__all__ = ["HOOKS", "Kind", "Offer", "Plugin", "Plugins", "Problem", "guest", "load", "observers"]

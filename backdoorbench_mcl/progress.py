@@ -161,7 +161,8 @@ class Progress:
         seeds = str(row.victim_seed) if row.defense_seed is None else f"{row.victim_seed}/{row.defense_seed}"
         name = one_line(f"{row.attack} / {row.defense}, seed {seeds}", 90)
         result = _result(row) if row.state == "ok" else row.state + _why(row.reason)
-        self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good)
+        result += _marks(row)
+        self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good or bool(row.blame))
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, completed=self._cells, speed=self._summary())
 
@@ -204,6 +205,13 @@ def _result(row: Row) -> str:
 
 def _why(reason: str) -> str:
     return f" ({one_line(reason, 200)})" if reason else ""
+
+
+def _marks(row: Row) -> str:
+    """What else a method did, and whose it is."""
+    said = [f"changed the {', '.join(row.changed)} of its process"] if row.changed else []
+    said += [f"opened or changed {row.strays[0]}, which was not granted"] if row.strays else []
+    return "".join(f"; {one_line(text, 200)}" for text in (*said, row.blame) if text)
 
 
 def duration(seconds: float) -> str:

@@ -8,48 +8,49 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
-
-from . import cells
+from . import caches, cells, children
+from .caches import cache_folder
 from .errors import PluginError, UserError
-from .params import Selection
-from .plugins import Kind, Offer, Plugins
+from .params import Selection, selection
+from .plugins import DIST, Kind, Offer, Plugin, Plugins, Problem
 
-DIST = "backdoorbench-mcl"
 RECIPE = "backdoorbench_mcl.api:Recipe"
-
-
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """`BBMCL_CACHE`, or the user's cache folder: descriptions and prepared data sets, all of it rebuildable."""
-    given = environ.get("BBMCL_CACHE")
-    return Path(given) if given else Path(platformdirs.user_cache_dir("bbmcl", appauthor=False))
+PROVIDERS: Mapping[str, str] = {"trigger": "inverter", "verdict": "inverter", "result": "defense", "model": "recipe"}
+_CONTRACTS = (  # files that a description can depend on
+    "api.py", "images.py", "method.py", "triggers.py", "describe.py", "kit.py",
+)  # fmt: skip
+    "api.py",
+    "images.py",
+    "method.py",
+    "triggers.py",
+    "describe.py",
+    "kit.py",
+)  # a description can depend on them
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A method to describe: what was selected and every parameter set for it (presets, `--set`, typed)."""
+    """A method to describe: what was selected and every parameter set for it (presets, `--set`, typed).
+
+    lenient: nobody named it, so what is wrong with it comes back in `Described.problem` instead of as an error.
+    """
 
     kind: Kind | Literal["recipe"]
     selection: Selection
     params: Mapping[str, Any] = field(default_factory=dict)
+    lenient: bool = False
 
 
 @dataclass(frozen=True)
 class Described:
     """One configured method. identity: what enters keys; needs: name -> {"kind", "method", "verdict"}; knows: what it
-    is told itself; told: that, and what reaches it through the stages that it needs.
+    is told itself; told: that, and what reaches it through the stages that it needs; problem: why its cells fail
+    before they are begun; plugin: None for a recipe.
     """
 
     kind: str
@@ -71,6 +72,27 @@ class Described:
     attack_controls: str = "data"
     budget: str = "full"
     toy: bool = False
+    plugin: Plugin | None = None
+    problem: str = ""
+
+    @property
+    def blame(self) -> str:
+        """Whose failure a cell is, without a path of this machine: package, version, file, and how to go on without it.
+
+        Example: `bbmcl-mydef 1.0, bbmcl_mydef/method.py; skip it with BBMCL_DISABLE=mydef`
+        """
+        if self.plugin is None:
+            return ""
+        module = self.target.partition(":")[0]
+        source = caches.source(module)
+        suffix = "/__init__.py" if source is not None and source.name == "__init__.py" else ".py"
+        way = "leave it out" if self.plugin.dist == DIST else f"skip it with BBMCL_DISABLE={self.plugin.skip}"
+        return f"{self.plugin.dist} {self.plugin.version}, {module.replace('.', '/')}{suffix}; {way}"
+
+    def broken(self, problem: str) -> Described:
+        """The same method as one whose cells fail with this line; it needs and is told nothing."""
+        identity = {"name": self.full_name, "problem": problem}
+        return replace(self, identity=identity, problem=problem, needs={}, knows=(), told=())
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -116,7 +138,7 @@ class Registry:
     def describe(self, wanted: Sequence[Wanted]) -> list[Described]:
         """Configured objects for `wanted`, in order; one child answers whatever the cache does not hold.
 
-        Raises UserError for a bad parameter, PluginError for a broken plugin.
+        Raises UserError for a bad parameter and, with the plugin's name, for a class that cannot be used.
         """
         requests = [self._request(want) for want in wanted]
         replies = self._ask([request for request, _ in requests])
@@ -126,8 +148,13 @@ class Registry:
                 line = str(reply["error"])
                 if want.kind == "recipe" and line.startswith("recipe:"):  # as the user knows it: train or defend
                     line = want.selection.name + line[len("recipe") :]
-                raise UserError(line)
-            out.append(_described(want, request, offer, reply["ok"]))
+                if not want.lenient:
+                    raise UserError(str(Problem(offer.plugin, line)) if offer and "broken" in reply else line)
+                nothing = {"params": {}, "version": 0, "repr": want.selection.label, "identity": {}}
+                out.append(_described(want, request, offer, nothing).broken(line))
+                continue
+            described = _described(want, request, offer, reply["ok"])
+            out.append(described if offer is None else replace(described, needs=self._own(described.needs, offer)))
         return out
 
     def card(self, offer: Offer) -> dict[str, Any]:
@@ -135,9 +162,30 @@ class Registry:
         request = {"ask": "card", "kind": offer.kind, "target": offer.entry.target, "dist": _dist(offer)}
         reply = self._ask([request])[0]
         if "error" in reply:
-            raise PluginError(f"plugin {offer.plugin.id}: {reply['error']}")
+            raise PluginError(str(Problem(offer.plugin, reply["error"])))
         ok: dict[str, Any] = reply["ok"]
         return ok
+
+    def _own(self, needs: Mapping[str, Mapping[str, Any]], offer: Offer) -> dict[str, Mapping[str, Any]]:
+        """`needs`, their names those of the same package where it and another one offer them: whoever else brings a
+        method of that name does not change what this one rests on.
+        """
+        out: dict[str, Mapping[str, Any]] = {}
+        for name, need in needs.items():
+            fields = {"method": PROVIDERS[need["kind"]], "verdict": "inverter"}
+            texts = {part: self._full(kind, need[part], offer.plugin.dist) for part, kind in fields.items()}
+            out[name] = {**need, **texts}
+        return out
+
+    def _full(self, kind: str, text: str | None, dist: str) -> str | None:
+        if text is None or kind == "recipe":
+            return text
+        try:
+            name = selection(text).name
+        except UserError:  # said where it is looked up
+            return text
+        owners = [o.plugin.dist for o in self.plugins.offers if (o.kind, o.entry.name) == (kind, name)]
+        return f"{dist}/{text.strip()}" if len(owners) > 1 and dist in owners else text
 
     def code(self, target: str) -> str:
         """SHA-256 (hex) of the files behind a class: what was derived from it is stale once this changes."""
@@ -158,7 +206,7 @@ class Registry:
 
     def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         files = [self.cache / f"{cells.key({'request': r, 'code': _code(r['target'])})}.json" for r in requests]
-        replies = [_read(file) for file in files]
+        replies = [caches.read(file) for file in files]
         missing = [i for i, reply in enumerate(replies) if reply is None]
         if missing:
             if not self.said:
@@ -168,27 +216,15 @@ class Registry:
             for i, reply in zip(missing, fresh, strict=True):
                 replies[i] = reply
                 if "ok" in reply:
-                    _write(files[i], reply)
+                    caches.write(files[i], reply)
         return [reply or {} for reply in replies]
 
     def _child(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory(prefix="bbmcl-describe-") as folder:
-            asked, told = Path(folder, "requests.json"), Path(folder, "replies.json")
-            asked.write_text(json.dumps(requests))
-            command = [sys.executable, "-m", "backdoorbench_mcl.describe", str(asked), str(told)]
-            try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, timeout=self.timeout, check=False
-                )
-                fate = f"ended its process with status {done.returncode}"
-            except subprocess.TimeoutExpired:
-                fate = f"did not answer within {self.timeout:.0f} s"
-            if told.exists():
-                replies: list[dict[str, Any]] = json.loads(told.read_text())
-                return replies
-        if len(requests) == 1:
-            return [{"error": f"{requests[0]['target']} of {requests[0]['dist'][0]} {fate}"}]
-        return [self._child([request])[0] for request in requests]  # one by one: who was it?
+        replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout)
+        return [
+            {"error": f"{request['target']} {reply['fate']}", "broken": True} if "fate" in reply else reply
+            for request, reply in zip(requests, replies, strict=True)
+        ]
 
 
 def _dist(offer: Offer | None) -> list[str]:
@@ -221,54 +257,14 @@ def _described(want: Wanted, request: Mapping[str, Any], offer: Offer | None, ok
         attack_controls=ok.get("attack", {}).get("controls", "data"),
         budget=dataset.get("budget", "full"),
         toy=dataset.get("toy", False),
+        plugin=None if offer is None else offer.plugin,
     )
 
 
 @functools.cache
 def _code(target: str) -> str:
     """SHA-256 over the files that a class can depend on: its top-level package and the contracts of this one."""
-    top = target.partition(":")[0].partition(".")[0]
-    files = [
-        Path(__file__).with_name(name)
-        for name in (
-            "api.py",
-            "images.py",
-            "method.py",
-            "triggers.py",
-            "describe.py",
-            "kit.py",
-        )
-    ]
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        return "absent"
-    if top != __package__:
-        for folder in spec.submodule_search_locations or ():
-            files.extend(sorted(Path(folder).rglob("*.py")))
-        if spec.origin and not spec.submodule_search_locations:
-            files.append(Path(spec.origin))
-    digest = hashlib.sha256(sys.version.encode())
-    for file in files:
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return caches.code(target.partition(":")[0], _CONTRACTS)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):  # absent or damaged: ask again
-        return None
-    return found if isinstance(found, dict) and "ok" in found else None
-
-
-def _write(file: Path, reply: Mapping[str, Any]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(f"{file.name}.{os.getpid()}")
-        scratch.write_text(json.dumps(reply))
-        scratch.replace(file)
-    except OSError:  # a read-only cache costs two seconds a run, not the run
-        return
-
-
-__all__ = ["DIST", "Described", "Registry", "Wanted", "cache_folder"]
+__all__ = ["DIST", "PROVIDERS", "Described", "Registry", "Wanted", "cache_folder"]

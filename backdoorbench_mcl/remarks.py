@@ -13,6 +13,7 @@ from . import evaluate
 from .rows import Row
 
 QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
+MARKS = ("strays", "changed")  # fields of a row that say what a method did beside its work
 _RETUNED = ("images", "asr", "ftr", "ba")
 EXTRAS: Mapping[str, tuple[str, ...]] = {  # stages beside the score, and the fields of a row that come from them
     **{name: tuple(f"{name}_{field}" for field in _RETUNED) for name in ("retuned", "retuned_clean")}, "embed": (),
@@ -49,6 +50,11 @@ def surrogates(metas: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(told)
 
 
+def marks(numerics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields `MARKS` of a row from those of its stages, each thing once."""
+    return {name: tuple(dict.fromkeys(item for one in numerics for item in one.get(name, ()))) for name in MARKS}
+
+
 def retuned(name: str, predictions: Mapping[str, NDArray[Any]], used: Sequence[int]) -> dict[str, Any]:
     """Fields of a row from the stored predictions (N,) of a re-tuned model, on the test images that its few steps did
     not see. name: of the stage in `EXTRAS`; used: the positions of the images that the steps saw.
@@ -73,4 +79,4 @@ def kept(row: Row, earlier: Row | None, asked: Mapping[str, str]) -> Row:
     return dataclasses.replace(row, **fields, stages={**row.stages, **{name: earlier.stages[name] for name in names}})
 
 
-__all__ = ["EXTRAS", "QUALITY", "inversion", "kept", "lacking", "retuned", "surrogates", "verdict"]
+__all__ = ["EXTRAS", "MARKS", "QUALITY", "inversion", "kept", "lacking", "marks", "retuned", "surrogates", "verdict"]

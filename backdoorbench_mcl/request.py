@@ -6,16 +6,17 @@ import difflib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from . import cells, datacache, params, presets, provenance
-from .errors import PluginError, UserError
+from .errors import BbmclError, PluginError, UserError
 from .params import Selection
 from .plugins import Kind, Offer
-from .registry import Described, Registry, Wanted
+from .registry import PROVIDERS, Described, Registry, Wanted
 
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
 NOTHING = "none"  # `--defenses none`: victims are trained and judged, that is all
@@ -23,7 +24,6 @@ ORACLES = frozenset({"trigger", "location"})  # what a method knows that `all` l
 BEFORE = "before"  # the label of the undefended victim
 Precision = Literal["fp32", "bf16"]
 Needed = Mapping[tuple[str, str], Described]  # (kind of method, text) -> the method behind a need
-PROVIDERS: Mapping[str, str] = {"trigger": "inverter", "verdict": "inverter", "result": "defense", "model": "recipe"}
 PrepareData = Callable[[Described, Path | None, str], datacache.DataInfo]
 
 
@@ -127,9 +127,12 @@ def _expand(
     typed: set[str] = set()
     for part in params.split(text):
         if part == "all":
-            for offer in registry.plugins.of(kind):
+            offers = registry.plugins.of(kind)
+            shared = Counter(offer.entry.name for offer in offers)
+            for offer in offers:
                 if offer.entry.name != CONTROL and not ORACLES & set(offer.entry.may_know):
-                    out.append(Selection(offer.entry.name, offer.entry.name))
+                    name = offer.entry.name if shared[offer.entry.name] == 1 else offer.full_name
+                    out.append(Selection(name, name))
         elif part:
             chosen = params.selections(part)
             typed |= {selection.label for selection in chosen}
@@ -222,6 +225,35 @@ def _describe_needed(registry: Registry, table: _Settings, methods: Sequence[Des
     return found
 
 
+def _needs_of(
+    registry: Registry, table: _Settings, methods: Sequence[Described], untyped: frozenset[str]
+) -> tuple[list[Described], Needed]:
+    """`methods` and everything that they need; one that nobody typed and whose needs cannot be met is broken."""
+    sound = [method for method in methods if not method.problem]
+    try:
+        return list(methods), _describe_needed(registry, table, sound)
+    except BbmclError:  # whose?
+
+        def met(method: Described) -> Described:
+            _describe_needed(registry, table, [method])
+            return method
+
+        checked = [_contained(method, untyped, met) for method in methods]
+        return checked, _describe_needed(registry, table, [method for method in checked if not method.problem])
+
+
+def _contained(method: Described, untyped: frozenset[str], check: Callable[[Described], Described]) -> Described:
+    """What `check` makes of a method; one that nobody typed and that fails it is broken, and the run goes on."""
+    if method.problem:
+        return method
+    try:
+        return check(method)
+    except BbmclError as error:
+        if method.label not in untyped:
+            raise
+        return method.broken(str(error))
+
+
 def _told(method: Described, needed: Needed, above: tuple[str, ...] = ()) -> frozenset[str]:
     """What a method gets to know itself and by way of the stages that it needs; raises PluginError where they circle.
 
@@ -288,7 +320,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     overrides = params.overrides(list(options.overrides))
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
-    attacks, _ = _expand(registry, "attack", options.attacks, sweeps)
+    attacks, guests = _expand(registry, "attack", options.attacks, sweeps)
     defenses, untyped = _expand(registry, "defense", options.defenses, sweeps)
     _check_sweeps(sweeps, [*attacks, *defenses])
     for selection in defenses:
@@ -314,17 +346,23 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     wanted = [
         Wanted("model", model_selection, table.of(model_selection)),
         *(Wanted("recipe", selection, table.of(selection)) for selection in recipes),
-        *(Wanted("attack", selection, table.of(selection)) for selection in attacks),
-        *(Wanted("defense", selection, table.of(selection)) for selection in defenses),
+        *(Wanted("attack", s, table.of(s), lenient=s.label in guests) for s in attacks),
+        *(Wanted("defense", s, table.of(s), lenient=s.label in untyped) for s in defenses),
     ]
     described = registry.describe(wanted)
     model, train, defend = described[:3]
     found_attacks, found_defenses = described[3 : 3 + len(attacks)], described[3 + len(attacks) :]
-    needed = _describe_needed(registry, table, [*found_attacks, *found_defenses])
+    found_attacks, needed = _needs_of(registry, table, found_attacks, guests)
+    found_defenses, also = _needs_of(registry, table, found_defenses, untyped)
+    needed = {**needed, **also}
     table.check()
-    found_defenses = [replace(d, told=tuple(sorted(_told(d, needed)))) for d in found_defenses]
-    for selection, defense in zip(defenses, found_defenses, strict=True):
-        _check_declarations(defense, registry.find("defense", selection.name))
+
+    def told(defense: Described) -> Described:
+        full = replace(defense, told=tuple(sorted(_told(defense, needed))))
+        _check_declarations(full, registry.find("defense", full.full_name))
+        return full
+
+    found_defenses = [_contained(defense, untyped, told) for defense in found_defenses]
     # an Entry declares what a method itself may know, not what reaches it by way of, say, its inverter
     left_out = [d.label for d in found_defenses if d.label in untyped and ORACLES & set(d.told)]
     found_defenses = [d for d in found_defenses if d.label not in left_out]
@@ -332,12 +370,16 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
         raise UserError(f"--defenses {options.defenses!r}: every method is told the trigger or its location; name them")
 
     data = prepare(dataset, options.data_root, cells.key({"dataset": dataset.identity}))
-    for attack in found_attacks:
+
+    def in_range(attack: Described) -> Described:
         if attack.attack_target is not None and attack.attack_target >= data.classes:
             raise UserError(
                 f"{attack.label}: target={attack.attack_target}, but {dataset.label} has the labels 0 to "
                 f"{data.classes - 1}; set {attack.label.partition('(')[0]}.target"
             )
+        return attack
+
+    found_attacks = [_contained(attack, guests, in_range) for attack in found_attacks]
     for rate in rates:
         cells.clean_count(data.n_train, rate)  # says so if that is no image at all
     return Request(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 State = Literal["ok", "n/a", "failed", "killed", "timeout", "diverged"]
 FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
 SCHEMA = 1
-_TUPLES = ("knows", "strays", "overrides")
+_TUPLES = ("knows", "strays", "changed", "overrides")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Row:
     clean_rate: float | None
     state: State
     reason: str = ""
+    blame: str = ""  # where a cell failed or has strays or changed: the method's package, version, file, how to skip it
     asr_before: float | None = None
     ba_before: float | None = None
     asr: float | None = None
@@ -89,7 +90,8 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
-    strays: tuple[str, ...] = ()  #: files that were opened although not granted, where there is no Landlock
+    strays: tuple[str, ...] = ()  #: without Landlock: files opened or changed although not granted
+    changed: tuple[str, ...] = ()  #: what a method altered of the state that all code of its process shares
     device: str = "cpu"
     threads: int | None = None
     toy: bool = False

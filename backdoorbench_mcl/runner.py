@@ -22,6 +22,7 @@ from .registry import Described, Registry, Wanted, cache_folder
 from .request import Options
 from .rows import Row
 from .store import Store
+from .text import one_line
 
 LARGE = 64  # pixels: from here on the constants for 32x32 fit images badly (spec 4.1, 5.1)
 _FOREIGN = (
@@ -33,7 +34,9 @@ MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what sev
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, whatever is run. workers, threads: None for the default rule; timeout: seconds per job."""
+    """How to run, whatever is run. workers, threads: None for the default rule; timeout: seconds per job; memory: GB
+    per job.
+    """
 
     runs: Path = Path("bbmcl-runs")
     workers: int | None = None
@@ -42,6 +45,7 @@ class Settings:
     isolation: str = "auto"
     retry: bool = True
     snapshot_every: float = 2.0
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def check(settings: Settings) -> None:
             raise UserError(f"{name} {given}: expected a number from 1 to 1024")
     if settings.timeout is not None and not settings.timeout > 0:  # nan as well
         raise UserError(f"--timeout {settings.timeout}: expected seconds above 0")
+    if settings.memory is not None and not settings.memory > 0:
+        raise UserError(f"--memory {settings.memory}: expected GB (1e9 bytes) above 0")
     if settings.isolation not in ("auto", "landlock", "process", "inline"):
         raise UserError(f"--isolation {settings.isolation!r}: expected auto, landlock, process or inline")
     if settings.isolation == "landlock" and confine.abi_version() == 0:
@@ -209,8 +215,9 @@ def run_matrix(
     """
     check(settings)
     known = registry(announce)
+    observers = plugins.observers(known.plugins)
     for problem in known.plugins.problems:
-        announce(str(problem))
+        announce(one_line(str(problem)))
     find = prepare_data(known, cache_folder())
 
     def prepare(dataset: Described, root: Path | None, key: str) -> datacache.DataInfo:
@@ -229,9 +236,9 @@ def run_matrix(
             threads=using.threads, isolation=using.isolation, snapshot_every=settings.snapshot_every,
             exclude_poisoned=asked.exclude_poisoned,
         )  # fmt: skip
-        engine = Local(using.workers, settings.timeout, inline=using.isolation == "inline")
+        inline = using.isolation == "inline"
+        engine = Local(using.workers, settings.timeout, inline=inline, memory=settings.memory)
         with Progress(len(graph.cells), stream, live) as display:
-            observers = known.plugins.observers
             return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
     finally:
         store.close()

@@ -226,7 +226,7 @@ def test_watch_notes_what_lies_outside(tmp_path: Path) -> None:
     out = run(
         tmp_path,
         """
-        seen = watch([*interpreter_paths(), work])
+        seen = watch(interpreter_paths(), [work])
         (work / "file.txt").read_text()
         (outside / "file.txt").read_text()
         (work / ".." / "outside" / "file.txt").read_text()
@@ -235,3 +235,35 @@ def test_watch_notes_what_lies_outside(tmp_path: Path) -> None:
         """,
     )
     assert out == ["file.txt", "absent.txt", 2]
+
+
+def test_watch_notes_what_is_changed_outside(tmp_path: Path) -> None:
+    out = run(
+        tmp_path,
+        """
+        import shutil
+        for name in ("gone", "moved", "folder/inner"):
+            (outside / name).mkdir(parents=True)
+        (inputs / "link").symlink_to(outside / "file.txt")
+        seen = watch([*interpreter_paths(), inputs, outside], [work])  # all may be read
+        (work / "new" / "er").mkdir(parents=True)
+        (work / "new" / "er" / "file.txt").write_text("x")
+        os.replace(work / "file.txt", work / "other.txt")
+        shutil.rmtree(work / "new")
+        open(os.devnull, "w").write("x")
+        (outside / "file.txt").read_text()
+        allowed = len(seen)
+        (outside / "new.txt").write_text("x")
+        (inputs / "link").open("a").close()
+        os.close(os.open(inputs / "file.txt", os.O_RDWR))
+        (outside / "made").mkdir()
+        (outside / "gone").rmdir()
+        (outside / "moved").rename(work / "moved")
+        (work / "other.txt").rename(outside / "other.txt")
+        out = [allowed, *(str(Path(p).relative_to(inputs.parent.resolve())) for p in seen)]
+        """,
+    )
+    assert out == [
+        0, "outside/new.txt", "outside/file.txt", "inputs/file.txt", "outside/made", "outside/gone", "outside/moved",
+        "outside/other.txt",
+    ]  # fmt: skip

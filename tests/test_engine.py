@@ -18,13 +18,14 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
 from conftest import Bbmcl
 from safetensors import SafetensorError
 
-from backdoorbench_mcl import artefacts, jobs, plan, snapshots
+from backdoorbench_mcl import artefacts, jobs, memory, plan, snapshots
 from backdoorbench_mcl.engines.local import Finished, Local, Progress, _Reporter
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
@@ -224,6 +225,47 @@ def test_a_job_that_takes_too_long_is_killed(bench: Bench) -> None:
         assert (finished.state, finished.result) == ("timeout", {})
         assert finished.reason == "took longer than --timeout 0.5 s"
         assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_job_that_takes_too_much_memory_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Local(1, memory=0.001) as engine:  # less than any has
+        engine.start(bench.job())
+        (finished,), _ = watch(engine, 1)
+    assert (finished.state, finished.result) == ("killed", {})
+    assert finished.reason.startswith("held 0.")
+    assert finished.reason.endswith(" GB of memory, more than --memory 0.001")
+
+
+def test_where_the_machine_s_memory_runs_out_only_the_largest_job_is_killed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_one, large_one = bench.job(steps=10 * EPOCH), bench.job()
+    with Local(2) as engine:
+        engine.start(small_one)
+        engine.start(large_one)
+        pids = {run.process.pid: folder for folder, run in engine._running.items()}
+        engine.room = 100.0
+        held = {small_one: 40, large_one: 70}
+        monkeypatch.setattr(memory, "held", lambda pid: held[pids[pid]])
+        finished, _ = watch(engine, 2)
+    states = {event.folder: (event.state, event.reason) for event in finished}
+    assert states[small_one] == ("ok", "")
+    assert states[large_one][0] == "killed"
+    assert "the most when this machine's ran out; try fewer --workers" in states[large_one][1]
+
+
+def test_mapped_files_do_not_count_as_memory(tmp_path: Path) -> None:
+    (tmp_path / "zeros").write_bytes(bytes(64 << 20))
+    before = memory.held(os.getpid())
+    mapped = np.memmap(tmp_path / "zeros", np.uint8, "r")
+    assert int(mapped.sum()) == 0  # every page was read
+    after = memory.held(os.getpid())
+    assert after - before < 32 << 20
+    own = np.ones(64 << 20, np.uint8)
+    assert memory.held(os.getpid()) - after > 32 << 20
+    assert own[-1] == 1
+    assert memory.total() > own.nbytes
+    assert memory.held(2**22 + 1) == 0  # no such process
 
 
 def test_leaving_the_engine_ends_its_jobs(bench: Bench) -> None:

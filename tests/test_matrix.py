@@ -15,6 +15,7 @@ from conftest import Bbmcl
 
 from backdoorbench_mcl import runner
 from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.plugins import Plugin
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -259,17 +260,30 @@ def test_observers_see_every_row_and_cannot_stop_the_run(
     def good(row: Row) -> None:
         seen.append(row)
 
+    calls: list[str] = []
+
     def bad(row: Row) -> None:
         raise RuntimeError("oops")
+
+    def ends(row: Row) -> None:
+        calls.append("ends")
+        print("noise on standard output")
+        raise SystemExit(0)
 
     grants = Grants(asked.data, store, device="cpu", precision=asked.precision, threads=1, isolation="process")
     from backdoorbench_mcl import plan
 
     graph = plan.build(asked)
+    guests = [(Plugin(str(act.__name__), "a", "1.0", "m", "/m.py"), act) for act in (bad, ends, good)]
     with Progress(len(graph.cells), live=False) as display:
-        again = Matrix(graph, store, grants, Local(2), display, observers=[("a/bad", bad), ("a/good", good)]).run()
+        again = Matrix(graph, store, grants, Local(2), display, observers=guests).run()
     assert [row.key for row in seen] == [row.key for row in again] == [row.key for row in rows]
-    assert "plugin a/bad: bbmcl_cell_finished raised RuntimeError: oops" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    for name, told in (("bad", "raised RuntimeError: oops"), ("ends", "called sys.exit(0)")):
+        line = f"plugin a/{name} (a 1.0, /m.py): bbmcl_cell_finished {told}; skip it with BBMCL_DISABLE={name}"
+        assert shown.err.splitlines().count(line) == 1
+    assert calls == ["ends"]
+    assert shown.out == ""
 
 
 def test_a_store_that_fills_up_stops_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 
 import pytest
 
-from backdoorbench_mcl import plugins
+from backdoorbench_mcl import __version__, children, memory, plugins
 from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.hooks import Entry
 from backdoorbench_mcl.registry import Registry
@@ -22,6 +25,7 @@ GOOD = HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('good', 'x.y:
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installer]:
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("BBMCL_CACHE", str(tmp_path / "cache"))
     made = Installer(tmp_path)
     yield made
     for name in made.modules:
@@ -35,13 +39,13 @@ class Installer:
         self.folder = folder
         self.modules: list[str] = []
 
-    def __call__(self, dist: str, source: str, point: str = "main") -> Distribution:
+    def __call__(self, dist: str, source: str, point: str = "main", more: str = "") -> Distribution:
         module = f"mod_{dist.replace('-', '_')}"
         self.modules.append(module)
         (self.folder / f"{module}.py").write_text(source)
         info = self.folder / f"{dist}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n{more}")
         (info / "entry_points.txt").write_text(f"[bbmcl]\n{point} = {module}\n")
         return PathDistribution(info)
 
@@ -75,10 +79,161 @@ def test_a_broken_plugin_is_one_line_and_the_others_go_on(install: Installer, so
     assert len(found.problems) == 1
     line = str(found.problems[0])
     assert message in line
-    assert line.startswith("plugin bad/main: ")
-    assert line.endswith("skip it with BBMCL_DISABLE=main")
+    assert line.startswith(f"plugin bad/main (bad 1.0, {install.folder / 'mod_bad.py'}): ")
+    assert line.endswith("skip it with BBMCL_DISABLE=bad/main")  # `main` would skip the other one too
     assert "\n" not in line
     assert "good" in [o.entry.name for o in found.of("defense")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import os\nos._exit(0)\n", "ended its process with status 0"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "ended its process with SIGSEGV"),
+        ("raise KeyboardInterrupt\n", "cannot import 'mod_bad': KeyboardInterrupt"),
+        ("import time\ntime.sleep(60)\n", "did not answer in 1 s"),
+        (HEAD + "import time\n@hookimpl\ndef bbmcl_models():\n    time.sleep(60)\n", "did not answer in 1 s"),
+        (HEAD + "import sys\n@hookimpl\ndef bbmcl_models():\n    sys.exit(3)\n", "bbmcl_models raised SystemExit: 3"),
+    ],
+)
+def test_a_plugin_that_ends_or_holds_up_its_process_is_one_line(
+    install: Installer, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.setattr(plugins, "PATIENCE", 1.0)
+    for _ in range(2):  # it is not kept: another day it may do better
+        found = plugins.load({}, [install("bad", source, "bad"), install("good-one", GOOD)])
+        (line,) = map(str, found.problems)
+        assert message in line
+        assert line.startswith(f"plugin bad/bad (bad 1.0, {install.folder / 'mod_bad.py'}): ")
+        assert line.endswith("; skip it with BBMCL_DISABLE=bad")
+        assert "good" in [o.entry.name for o in found.of("defense")]
+
+
+def test_a_plugin_that_takes_all_memory_while_it_is_read_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "total", lambda: children.GREED * (memory.held(os.getpid()) + 100 * 10**6))
+
+    def greedy(request: object) -> children.Reply:
+        held = bytearray(400 * 10**6)
+        time.sleep(60)
+        return {"ok": len(held)}
+
+    fate = children._forked(tmp_path, [{"dist": "bad"}], [0], greedy, 30.0)
+    assert fate.startswith("took more than")
+    assert fate.endswith("GB of memory")
+
+
+COUNTING = "from pathlib import Path\nwith Path({file!r}).open('a') as file:\n    file.write('x')\n"
+
+
+def test_what_is_in_the_cache_is_not_imported_again(install: Installer, tmp_path: Path) -> None:
+    marks = tmp_path / "imports"
+    source = COUNTING.format(file=str(marks)) + GOOD
+
+    def imports(more: str = "", text: str = source) -> int:
+        before = len(marks.read_text()) if marks.exists() else 0
+        found = plugins.load({}, [install("one", text, more=more)])
+        assert [o.entry.name for o in found.offers] == ["good"]
+        assert found.problems == found.notices == []
+        return len(marks.read_text()) - before
+
+    assert [imports(), imports()] == [1, 0]
+    assert "mod_one" not in sys.modules
+    assert imports(text=source + "# changed\n") == 1
+    assert imports(more="Requires-Dist: backdoorbench-mcl>=0.1\n") == 1
+    (install.folder / "cache" / "listings").rename(install.folder / "listings")
+    (install.folder / "cache" / "listings").write_text("in the way")  # a cache that cannot be written
+    assert [imports(), imports()] == [1, 1]
+
+
+def test_a_problem_is_gone_once_its_cause_is(install: Installer) -> None:
+    one = install("one", "import mod_two\n" + GOOD)
+    assert "No module named 'mod_two'" in str(plugins.load({}, [one]).problems[0])
+    install("two", "")
+    found = plugins.load({}, [one])
+    assert found.problems == []
+    assert [o.entry.name for o in found.offers] == ["good"]
+
+
+def test_prints_are_a_notice_and_reach_nobody(install: Installer, capfd: pytest.CaptureFixture[str]) -> None:
+    source = "import os\nprint('\\n hello ')\nos.write(1, b'world')\n" + GOOD
+    for _ in range(2):
+        found = plugins.load({}, [install("loud", source)])
+        assert found.problems == []
+        assert [str(notice) for notice in found.notices] == [
+            f"plugin loud/main (loud 1.0, {install.folder / 'mod_loud.py'}): prints while it is listed ('hello'); "
+            "skip it with BBMCL_DISABLE=main"
+        ]
+        assert [o.entry.name for o in found.offers] == ["good"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_slow_import_is_a_notice(install: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "SLOW", 0.1)
+    found = plugins.load({}, [install("slow", "import time\ntime.sleep(0.2)\n" + GOOD)])
+    assert found.problems == []
+    (notice,) = map(str, found.notices)
+    assert "s to list, expected at most 0.1 s: import torch where it is used" in notice
+    assert [o.entry.name for o in found.offers] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("backdoorbench-mcl>=9", "requires backdoorbench-mcl>=9, but backdoorbench-mcl 0.1.0 is installed"),
+        ("BackdoorBench_MCL (<0.1)", "requires BackdoorBench_MCL (<0.1), but backdoorbench-mcl 0.1.0"),
+        ("backdoorbench-mcl>>1", "its metadata require 'backdoorbench-mcl>>1', which is no requirement"),
+        ("backdoorbench-mcl>=9; extra == 'new'", ""),
+        ("backdoorbench-mcl[timm]>=0.1", ""),
+        ("backdoorbench-mcl-extras>=9", ""),
+    ],
+)
+def test_a_plugin_for_another_version_is_one_line(
+    install: Installer, monkeypatch: pytest.MonkeyPatch, line: str, message: str
+) -> None:
+    assert __version__ == "0.1.0"
+    found = plugins.load({}, [install("new", GOOD, more=f"Requires-Dist: {line}\n")])
+    assert [message in str(problem) for problem in found.problems] == [True] * bool(message)
+    assert [o.entry.name for o in found.offers] == ["good"] * (not message)
+
+
+def test_what_a_plugin_does_to_its_process_changes_no_other(install: Installer) -> None:
+    spoil = "import os, sys, backdoorbench_mcl.hooks as h\nos.chdir('/')\nsys.path.clear()\nh.Entry = None\n"
+    found = plugins.load({}, [install("a-spoils", spoil), install("one", GOOD)])
+    assert found.problems == []
+    assert [o.full_name for o in found.offers] == ["one/good"]
+
+
+WATCHING = HEAD + "print('noise')\n@hookimpl\ndef bbmcl_cell_finished(row):\n    {body}\n"
+
+
+def test_only_observers_are_imported_here(install: Installer, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = install("sees", WATCHING.format(body="return ('seen', row)"))
+    found = plugins.load({}, [seen, install("one", GOOD), install("bad", "raise ValueError\n")])
+    assert {"mod_sees", "mod_one", "mod_bad"} & set(sys.modules) == set()
+    ((plugin, observer),) = plugins.observers(found)
+    assert {"mod_sees", "mod_one", "mod_bad"} & set(sys.modules) == {"mod_sees"}
+    assert (plugin.id, observer(row=1)) == ("sees/main", ("seen", 1))
+    assert capsys.readouterr() == ("", "noise\n")
+
+
+def test_a_guest_in_this_process_is_contained(capsys: pytest.CaptureFixture[str]) -> None:
+    def hang() -> None:
+        with contextlib.suppress(Exception):  # what a plugin may do
+            time.sleep(60)
+
+    def fail() -> None:
+        print("noise")
+        raise ZeroDivisionError
+
+    with pytest.raises(PluginError, match=r"did not return within 0.1 s"), plugins.guest(0.1):
+        hang()
+    with pytest.raises(PluginError, match=r"called sys.exit\(5\)"), plugins.guest():
+        sys.exit(5)
+    with pytest.raises(ZeroDivisionError), plugins.guest():
+        fail()
+    assert capsys.readouterr() == ("", "noise\n")
 
 
 def test_strict_raises_at_the_first_problem(install: Installer) -> None:
@@ -103,6 +258,7 @@ def test_two_packages_with_one_name_are_both_reachable(install: Installer, tmp_p
     found = plugins.load({}, [install("one", GOOD), install("two", GOOD)])
     registry = Registry(found, tmp_path)
     assert found.problems == []
+    assert ["is the name of another package's too; write" in str(notice) for notice in found.notices] == [True, True]
     assert registry.find("defense", "two/good").plugin.dist == "two"
     with pytest.raises(UserError, match=r"offered by two packages; write one/good or two/good"):
         registry.find("defense", "good")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_plain_lines() -> None:
         "[3/3] badnets / mcldef, seed 2: n/a (weak attack)",
         "3 cells",
     ]
+
+
+def test_whose_a_cell_is_stands_at_its_end() -> None:
+    stream = io.StringIO()
+    blame = "mydef 1.0, mydef.py; skip it with BBMCL_DISABLE=mydef"
+    with Progress(40, stream, clock=Clock()) as progress:
+        progress.cell(replace(cell("failed", "out of memory"), blame=blame))
+        for _ in range(30):
+            progress.cell(cell())
+        progress.cell(replace(cell(), blame=blame, changed=("threads", "seed"), strays=("/a", "/b")))  # cut by no flood
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == f"[1/40] badnets / mcldef, seed 2/0: failed (out of memory); {blame}"
+    assert lines[-1] == (
+        "[32/40] badnets / mcldef, seed 2/0: ASR 1.60 (FTR 1.69) BA 81.93, 41 s; changed the threads, seed of its "
+        f"process; opened or changed /a, which was not granted; {blame}"
+    )
 
 
 def test_a_running_stage_is_heard_of_every_half_minute() -> None:

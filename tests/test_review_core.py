@@ -245,7 +245,7 @@ def test_predictions_that_cannot_be_scored_fail_their_cell(copied: Path, monkeyp
 @pytest.mark.parametrize("text", ["[]", '{"state": "banana", "reason": ""}', '{"state": "ok"}'])
 def test_a_result_that_is_none_reads_as_a_death(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
-    assert Local(1)._conclude(tmp_path, 0, False).state == "killed"
+    assert Local(1)._conclude(tmp_path, 0, None).state == "killed"
 
 
 # ---------------------------------------------------------------- damage

@@ -27,11 +27,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import memory as machine
 from ..errors import UserError
 
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
+ROOM = 0.9  # of the machine's memory, for all jobs together: beyond that the kernel kills whom it likes
 STATES = ("ok", "failed", "diverged", "n/a")  # that a job's own result may have
 # Done, total, images a second. Numbers only: a pickle from a plugin's process would run in this one, unconfined.
 _PROGRESS = struct.Struct("<qqd")
@@ -64,7 +66,7 @@ class _Running:
     process: BaseProcess
     messages: Connection
     deadline: float | None
-    timed_out: bool = False
+    ended: tuple[str, str] | None = None  # (state, reason) once this engine has killed it
 
 
 def _progress(folder: Path, message: bytes) -> Progress | None:
@@ -137,6 +139,8 @@ def _child(folder: str, messages: Connection) -> None:
     os.dup2(log, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("500")  # where the memory runs out at once, the kernel ends this process and not the driver
     os.environ["TMPDIR"] = folder
     del sys.argv[1:]  # a copy of the driver's: attacks and their parameters are not for every job to know
     for name in [name for name in os.environ if name.startswith("BBMCL_")]:  # nor where results and data lie
@@ -146,15 +150,20 @@ def _child(folder: str, messages: Connection) -> None:
 
 
 class Local:
-    """Runs up to `workers` jobs at once. timeout: seconds that a job may take, None for any.
+    """Runs up to `workers` jobs at once. timeout: seconds that a job may take, None for any. memory: GB (1e9 bytes)
+    that a job may hold; in any case the largest is ended before all jobs together hold more than the machine has.
 
     Example: `with Local(workers=2) as engine: engine.start(folder); events = engine.events()`.
     """
 
-    def __init__(self, workers: int, timeout: float | None = None, inline: bool = False) -> None:
+    def __init__(
+        self, workers: int, timeout: float | None = None, inline: bool = False, memory: float | None = None
+    ) -> None:
         self.workers = 1 if inline else workers
         self.timeout = timeout
         self.inline = inline
+        self.memory = memory
+        self.room = ROOM * machine.total()
         self._running: dict[Path, _Running] = {}
         self._done: list[Finished] = []
         self._context = multiprocessing.get_context("forkserver")
@@ -178,7 +187,7 @@ class Local:
             jobs = importlib.import_module("backdoorbench_mcl.jobs")
             with (folder / LOG).open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 jobs.run(folder, lambda done, total, images: None, lambda: None)
-            self._done.append(self._conclude(folder, 0, False))
+            self._done.append(self._conclude(folder, 0, None))
             return
         try:
             with _no_main():
@@ -198,7 +207,7 @@ class Local:
             deadline = None if self.timeout is None else time.monotonic() + self.timeout
             self._running[folder] = _Running(folder, process, receive, deadline)
 
-    def events(self, patience: float = 0.5) -> list[Progress | Finished]:
+    def events(self, patience: float = 0.1) -> list[Progress | Finished]:
         """What happened since the last call; waits up to `patience` seconds for something to happen."""
         if self._done:
             done, self._done = self._done, []
@@ -214,19 +223,29 @@ class Local:
                 run.process.join()
                 del self._running[run.folder]
                 run.messages.close()
-                out.append(self._conclude(run.folder, run.process.exitcode or 0, run.timed_out))
+                out.append(self._conclude(run.folder, run.process.exitcode or 0, run.ended))
                 run.process.close()
             elif newest is not None:
                 out.append(newest)
-            if (
-                run.deadline is not None
-                and time.monotonic() > run.deadline
-                and not run.timed_out
-                and run.folder in self._running
-            ):
-                run.timed_out = True
-                run.process.kill()
+        self._limit()
         return out
+
+    def _limit(self) -> None:
+        """Kill what takes too long or too much."""
+        running = [run for run in self._running.values() if run.ended is None]
+        held = {run.folder: machine.held(run.process.pid or 0) for run in running}
+        together = sum(held.values())
+        for run in sorted(running, key=lambda run: -held[run.folder]):
+            size = f"held {held[run.folder] / 1e9:.1f} GB of memory"
+            if run.deadline is not None and time.monotonic() > run.deadline:
+                run.ended = "timeout", f"took longer than --timeout {self.timeout:g} s"
+            elif self.memory is not None and held[run.folder] > 1e9 * self.memory:
+                run.ended = "killed", f"{size}, more than --memory {self.memory:g}"
+            elif 0 < self.room < together:
+                together -= held[run.folder]
+                run.ended = "killed", f"{size}, the most when this machine's ran out; try fewer --workers"
+            if run.ended is not None:
+                run.process.kill()
 
     def _drain(self, run: _Running) -> Progress | None:
         newest = None
@@ -237,11 +256,11 @@ class Local:
             return newest
         return newest
 
-    def _conclude(self, folder: Path, exitcode: int, timed_out: bool) -> Finished:
+    def _conclude(self, folder: Path, exitcode: int, ended: tuple[str, str] | None) -> Finished:
         file = folder / LOG
         log = file.read_bytes()[-8000:].decode(errors="replace") if file.exists() else ""
-        if timed_out:
-            return Finished(folder, "timeout", f"took longer than --timeout {self.timeout:g} s", log)
+        if ended is not None:
+            return Finished(folder, *ended, log)
         try:
             result = json.loads((folder / RESULT).read_text())
             if result["state"] not in STATES:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from ..rows import Row
-from .records import as_csv, as_json
 
 if TYPE_CHECKING:
     from .grid import Block
@@ -33,14 +32,14 @@ def render(
 
     Example: `print(render(rows, "table", color=sys.stdout.isatty()))`
     """
-    if fmt == "json":
-        return as_json(rows)
-    if fmt == "csv":
-        return as_csv(rows)
     if fmt not in FORMATS:
         raise UserError(f"format {fmt!r}: expected one of {', '.join(FORMATS)}")
-    from . import formats, grid, sheets  # these need numpy, `terminal` needs rich
+    from . import formats, grid, records, sheets  # these need numpy, `terminal` needs rich
 
+    if fmt == "json":
+        return records.as_json(rows)
+    if fmt == "csv":
+        return records.as_csv(rows)
     blocks = grid.build(rows) if restyle is None else [restyle(block) for block in grid.build(rows)]
     if not blocks:
         return "no results yet"

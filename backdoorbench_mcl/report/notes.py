@@ -180,6 +180,9 @@ def _machine(block: Block) -> str:
     strays = sum(bool(row.strays) for row in runs)
     if strays:
         parts.append(f"{strays} run{'s' * (strays > 1)} opened files that were not granted (strays in --format json)")
+    changed = sum(bool(row.changed) for row in runs)
+    if changed:
+        parts.append(f"{changed} run{'s' * (changed > 1)} changed what a process shares (changed in --format json)")
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
 
@@ -199,7 +202,8 @@ def failures(block: Block) -> list[str]:
         text = f"{row.state}: {row.attack} / {row.defense}, victim seed {row.victim_seed}"
         if row.defense_seed is not None:
             text += f", defense seed {row.defense_seed}"
-        lines.append(f"{text}: {row.reason}" if row.reason else text)
+        text = f"{text}: {row.reason}" if row.reason else text
+        lines.append(f"{text} ({row.blame})" if row.blame else text)
     more = len(lines) - MAX_FAILURES
     return lines if more <= 0 else [*lines[:MAX_FAILURES], f"and {more} more (--format json has all reasons)"]
 
