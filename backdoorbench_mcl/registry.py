@@ -24,13 +24,6 @@ PROVIDERS: Mapping[str, str] = {"trigger": "inverter", "verdict": "inverter", "r
 _CONTRACTS = (  # files that a description can depend on
     "api.py", "images.py", "method.py", "triggers.py", "describe.py", "kit.py",
 )  # fmt: skip
-    "api.py",
-    "images.py",
-    "method.py",
-    "triggers.py",
-    "describe.py",
-    "kit.py",
-)  # a description can depend on them
 
 
 @dataclass(frozen=True)
