@@ -51,7 +51,7 @@ def load_class(target: str, kind: str) -> type[Method]:
         if found.controls not in CONTROLS:
             raise PluginError(f"{target}: controls is {found.controls!r}, expected one of {', '.join(CONTROLS)}")
         own = "train" if found.controls == "training" else "poison"
-        missing += [own] if getattr(found, own) is getattr(api.Attack, own) else []
+        missing = sorted([*missing, own]) if getattr(found, own) is getattr(api.Attack, own) else missing
     if missing:
         raise PluginError(f"{target} lacks {'(), '.join(missing)}()")
     return found

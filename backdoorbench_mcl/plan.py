@@ -26,8 +26,8 @@ NEED = "need-"  # role of an input that a method asked for, with the method's na
 
 
 _ACTORS: Mapping[Kind, str] = {  # whose method does the work of a stage
-    "surrogate": "model", "train": "attack", "trial": "attack", "verdict": "inverter", "invert": "inverter",
-    "defend": "defense", "retune": "model", "predict": "model", "embed": "model",
+    "surrogate": "model", "train": "attack", "suspect": "attack", "trial": "attack", "verdict": "inverter",
+    "invert": "inverter", "defend": "defense", "retune": "model", "predict": "model", "embed": "model",
 }  # fmt: skip
 
 
