@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -36,18 +37,18 @@ def brief(error: BaseException) -> str:
 
 
 def answer(request: Mapping[str, Any]) -> Reply:
-    """What one entry point offers: {"ok": {"entries", "observes", "seconds", "printed", "problems"}}.
+    """What one entry point offers: {"ok": {"entries", "observes", "seconds", "printed", "deprecated", "problems"}}.
 
     request: "dist" [name, version], "point", "value" as in entry_points.txt, "requires": what its metadata demand.
     """
     entries: list[dict[str, Any]] = []
     problems: list[str] = []
-    out: dict[str, Any] = {"entries": entries, "observes": False, "problems": problems}
+    out: dict[str, Any] = {"entries": entries, "observes": False, "problems": problems, "deprecated": []}
     before, started = _written(), time.monotonic()
     try:
         _require(request["requires"])
         module = _load(request)
-        manager = _registered(module)
+        manager, out["deprecated"] = _registered(module)
         for hook in COLLECTING:
             for implementation in getattr(manager.hook, hook).get_hookimpls():
                 try:
@@ -90,8 +91,12 @@ def _load(request: Mapping[str, Any]) -> Any:
         raise _Broken(f"cannot import {value!r}: {brief(error)}") from error
 
 
-def _registered(module: Any) -> pluggy.PluginManager:
-    """A manager that holds the module alone, after a look at its hooks."""
+def _registered(module: Any) -> tuple[pluggy.PluginManager, list[str]]:
+    """A manager that holds the module alone, after a look at its hooks; what it takes of a hook that is going to go.
+
+    An argument goes like this: for a release its hook's specification says `warn_on_impl_args={"old":
+    DeprecationWarning("...")}`, and pluggy warns of every implementation that asks for it.
+    """
     marked = {name for name in dir(module) if getattr(getattr(module, name, None), f"{NAMESPACE}_impl", None)}
     lines = []
     for hook in sorted(marked - set(KNOWN)):
@@ -103,10 +108,12 @@ def _registered(module: Any) -> pluggy.PluginManager:
     manager = pluggy.PluginManager(NAMESPACE)
     manager.add_hookspecs(hookspecs)
     try:
-        manager.register(module)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            manager.register(module)
     except (pluggy.PluginValidationError, ValueError) as error:
         raise _Broken(brief(error)) from error
-    return manager
+    return manager, [str(warning.message) for warning in told]
 
 
 def _collected(hook: str, implementation: pluggy.HookImpl) -> list[dict[str, Any]]:

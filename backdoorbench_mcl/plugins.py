@@ -195,6 +195,7 @@ def load(
             found.observing.append((plugin, point))
         if told["printed"]:
             found.notices.append(Problem(plugin, f"prints while it is listed ({told['printed']!r})"))
+        found.notices += [Problem(plugin, f"uses what is going to go: {line}") for line in told["deprecated"]]
         if told["seconds"] > SLOW:
             line = f"took {told['seconds']:.1f} s to list, expected at most {SLOW:g} s: import torch where it is used"
             found.notices.append(Problem(plugin, line))

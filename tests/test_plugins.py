@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 
+import pluggy
 import pytest
 
-from backdoorbench_mcl import __version__, children, memory, plugins
+from backdoorbench_mcl import __version__, children, hookspecs, listing, memory, plugins
 from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.hooks import Entry
 from backdoorbench_mcl.registry import Registry
@@ -301,3 +303,37 @@ def test_entry_names(name: str) -> None:
 def test_entry_refuses(name: str, target: str, knows: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected|may_know"):
         Entry(name, target, may_know=knows)
+
+
+def test_an_argument_that_is_going_to_go_is_a_notice(install: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the next release would say it of an argument `cell` of the observer; nothing is disabled."""
+    going = types.ModuleType("going")
+    marker = pluggy.HookspecMarker("bbmcl")
+
+    @marker(warn_on_impl_args={"cell": DeprecationWarning("argument 'cell' goes in 1.0; take 'row'")})
+    def bbmcl_cell_finished(row: object, cell: object) -> None:
+        """A specification."""
+
+    for name, value in vars(hookspecs).items():
+        if name.startswith("bbmcl_"):
+            setattr(going, name, value)
+    monkeypatch.setattr(going, "bbmcl_cell_finished", bbmcl_cell_finished, raising=False)
+    monkeypatch.setattr(listing, "hookspecs", going)
+    install("old", HEAD + "@hookimpl\ndef bbmcl_cell_finished(cell):\n    pass\n")
+    install("new", HEAD + "@hookimpl\ndef bbmcl_cell_finished(row):\n    pass\n")
+    for name, expected in (("old", ["argument 'cell' goes in 1.0; take 'row'"]), ("new", [])):
+        told = listing.answer({"dist": [name, "1.0"], "point": "main", "value": f"mod_{name}", "requires": []})["ok"]
+        assert (told["deprecated"], told["problems"], told["observes"]) == (expected, [], True)
+
+
+def test_a_deprecated_use_is_told_with_package_and_file(install: Installer, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "import warnings\n" + GOOD
+    dist = install("old", source)
+    found = plugins.load({}, [dist])
+    assert [str(notice) for notice in found.notices] == []
+    told = {"entries": [], "observes": False, "problems": [], "deprecated": ["argument 'cell' goes"], "seconds": 0.0,
+            "printed": ""}  # fmt: skip
+    monkeypatch.setattr(plugins, "_replies", lambda *_: [{"ok": told}])
+    (notice,) = plugins.load({}, [dist]).notices
+    assert "plugin old/main (old 1.0, " in str(notice)
+    assert "uses what is going to go: argument 'cell' goes" in str(notice)
