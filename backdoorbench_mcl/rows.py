@@ -90,7 +90,7 @@ class Row:
     budget: str = "full"
     precision: str = "fp32"
     isolation: str = "process"
-    strays: tuple[str, ...] = ()  #: without Landlock: files opened or changed although not granted
+    strays: tuple[str, ...] = ()  #: files opened or changed although not granted, where there is no Landlock
     changed: tuple[str, ...] = ()  #: what a method altered of the state that all code of its process shares
     device: str = "cpu"
     threads: int | None = None
