@@ -414,8 +414,10 @@ class Repaired(NamedTuple):
 
     rebuild: `"module:function"` of an importable `function(model, **params) -> Classifier`, which gets an untrained
     network of the victim's architecture in eval mode and returns one that computes what `model` computes, once the
-    weights of `model` are loaded into it. It runs wherever the model is used, beside nothing but the weights. Rows say
-    "custom inference". params: JSON values. Example: `Repaired(model, "backdoorbench_mcl.kit:masked", {"masks": ...})`
+    weights of `model` are loaded into it. It runs wherever the model is used, test images beside it: tables say "custom
+    inference" and do not rank such cells, unless the function is one of this package. params: JSON values.
+
+    Example: `Repaired(model, "backdoorbench_mcl.kit:masked", {"masks": {"conv2": [0, 7]}})`
     """
 
     model: Classifier

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from . import __version__
+from . import __version__, plugins
 from .errors import UserError
 from .hooks import Entry
 from .params import selection
 from .plugins import Kind
 from .registry import Registry, Wanted
+from .request import check_declarations
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+RESERVED = frozenset({"all", "none", "before", "train", "defend", "natural", "robust"})  # selections and recipes
 SUMMARIES: Mapping[str, str] = {  # of the templates
     "attack": "a grey square in the corner", "defense": "fine-tune with smoothed labels",
     "inverter": "mask and pattern by Adam", "model": "three convolutions", "dataset": "stripes at four angles",
@@ -42,6 +45,10 @@ def new(kind: str, name: str, into: Path) -> list[Path]:
         raise UserError(f"{error}; a word starts with a letter") from error
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise UserError(f"name {name!r}: for a package expected letters, digits and '-' alone, as in 'fine-pruning'")
+    if name in RESERVED:
+        raise UserError(f"name {name!r} means something to bbmcl; choose another")
+    if any(name == offer.entry.name for offer in plugins.load().of(kind)):
+        raise UserError(f"there is a {kind} {name!r} already (bbmcl show {name}); choose another name")
     folder = into / f"bbmcl-{name}"
     if folder.exists():
         raise UserError(f"{folder} exists; choose another name or another folder (--into)")
@@ -60,17 +67,26 @@ def new(kind: str, name: str, into: Path) -> list[Path]:
 
 
 def _filled(template: str, kind: str, name: str) -> str:
-    text = (resources.files("backdoorbench_mcl.templates") / template).read_text()
+    text = _template(template)
     marks = {"@TRY@": TRY[kind], "@KIND@": kind, "@SUMMARY@": SUMMARIES[kind], "@VERSION@": __version__}
     for mark, value in marks.items():
         text = text.replace(mark, value)
+    cls = "".join(word.capitalize() for word in name.split("-"))
+    if any(
+        re.search(rf"\b{cls}\b", _template(one)) for one in (template, f"{kind}.py")
+    ):  # `rate`: the class is imported
+        cls += kind.capitalize()
     text = text.replace("bbmcl_mymethod", "bbmcl_" + name.replace("-", "_"))
-    return text.replace("MyMethod", "".join(word.capitalize() for word in name.split("-"))).replace("mymethod", name)
+    return text.replace("MyMethod", cls).replace("mymethod", name)
+
+
+def _template(name: str) -> str:
+    return (resources.files("backdoorbench_mcl.templates") / name).read_text()
 
 
 def subjects(registry: Registry, text: str, kind: str | None = None) -> list[dict[str, Any]]:
     """What `checking.run` needs of the methods that the selection `text` names: of one kind, or of every kind that has
-    one of that name. Raises UserError where there is none.
+    one of that name. Raises UserError where there is none, PluginError for one that a matrix would refuse.
     """
     chosen = selection(text)
     if kind is not None and kind not in KINDS:
@@ -79,10 +95,13 @@ def subjects(registry: Registry, text: str, kind: str | None = None) -> list[dic
     offered = [k for k in kinds if any(chosen.name in (o.entry.name, o.full_name) for o in registry.plugins.of(k))]
     if not offered:
         names = sorted({offer.entry.name for k in kinds for offer in registry.plugins.of(k)})
-        raise UserError(
-            f"unknown {kind or 'method'} {chosen.name!r}; there are: {', '.join(names)}. See: bbmcl plugins"
-        )
+        close = difflib.get_close_matches(chosen.name, names, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}."
+        raise UserError(f"unknown {kind or 'method'} {chosen.name!r}; {hint} See: bbmcl plugins")
     found = [registry.describe([Wanted(one, chosen)])[0] for one in offered]
+    for one in found:
+        if one.kind == "defense":
+            check_declarations(one, registry.find("defense", one.full_name))
     return [{"kind": d.kind, "target": d.target, "params": dict(d.params), "label": d.label} for d in found]
 
 

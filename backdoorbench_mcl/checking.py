@@ -6,6 +6,7 @@ Free of torch; the checks themselves are in `testing`, which the child imports.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,13 +39,16 @@ def run(spec: Mapping[str, Any], only: Sequence[str] = (), seconds: float = SECO
 
     spec: "kind", "target", "params", "label", as `testing.Subject` has them. A child runs one check after the other;
     where it dies or takes too long over one, that one has failed and a new child goes on with the next. Raises
-    UserError for a name in `only` that is no check of such a method, or where the child cannot even begin.
+    UserError for a name in `only` that is no check of such a method, for seconds that are no number above 0, and where
+    the child cannot even begin.
     """
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--timeout {seconds:g}: expected a number of seconds above 0")
     left: list[str] | None = None
     while left is None or left:
         with tempfile.TemporaryDirectory(prefix="bbmcl-check-") as folder, _Child(spec, left or only, folder) as child:
-            if left is None:
-                left = child.names()
+            names = child.names()
+            left = names if left is None else left
             for name in list(left):
                 result = child.result(name, seconds)
                 left.remove(name)
@@ -61,7 +65,9 @@ class _Child:
         asked.write_text(json.dumps({"subject": dict(spec), "checks": list(names)}))
         told.touch()
         command = [sys.executable, "-m", "backdoorbench_mcl.testing.child", str(asked), str(told)]
-        env = {"OMP_NUM_THREADS": "1", **os.environ}  # toys are small: a second thread only waits
+        # toys are small: a second thread only waits; what a killed child leaves lies in the folder that goes
+        env = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": folder}
+        self.part = ""
         self.gone = False
         self.lines = told.open()
         with self.log.open("wb") as out:
@@ -87,8 +93,6 @@ class _Child:
     def result(self, name: str, seconds: float) -> Result:
         """What became of the check `name`, the next in order."""
         told, fate = self._next(seconds)
-        while told is not None and "checks" in told:  # what a later child opens with
-            told, fate = self._next(seconds)
         if told is not None:
             return Result(**told)
         self.gone = True
@@ -99,8 +103,10 @@ class _Child:
         until = time.monotonic() + seconds
         while True:
             ended = self.process.poll() is not None
-            if line := self.lines.readline():
-                found: dict[str, Any] = json.loads(line)
+            self.part += self.lines.readline()
+            if self.part.endswith("\n"):
+                found: dict[str, Any] = json.loads(self.part)
+                self.part = ""
                 return found, ""
             if ended:
                 return None, self._death()

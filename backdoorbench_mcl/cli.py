@@ -480,7 +480,8 @@ def _run() -> int:
         return 2
     except _Stopped as stopped:
         how = "terminated" if stopped.signum == signal.SIGTERM else "stopped"
-        _say(f"bbmcl: {how}; what was finished is stored, the same command goes on from there")
+        stores = {"matrix", "reproduce"} & set(sys.argv[1:2])
+        _say(f"bbmcl: {how}" + ("; what was finished is stored, the same command goes on from there" if stores else ""))
         return 128 + stopped.signum
 
 

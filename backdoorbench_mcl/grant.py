@@ -14,6 +14,7 @@
 |           | order; never the poison indices or a test image                                                     |
 | retune    | a repaired model's weights, a few triggered test images with the attacker's labels, their clean     |
 |           | twins with the true ones                                                                            |
+|           | (a repair that is built again by a function of its own runs in retune, predict and embed as well)   |
 | predict   | a model's weights and one shuffled array of images, clean and triggered, without labels or flags    |
 | embed     | the weights of a model and of its victim, clean and triggered test images apart                     |
 
@@ -123,6 +124,7 @@ class Grants:
     def _suspect(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         self._train(node, inputs, into, spec)
         self._attack(inputs, into, spec)
+        spec["content"] = artefacts.read_meta(inputs["victim"]).get("content")
 
     def _trial(self, node: Node, inputs: Mapping[str, Path], into: Path, spec: dict[str, Any]) -> None:
         self._point_to_data(spec)
@@ -195,9 +197,12 @@ class Grants:
             spec["needs"][name] = told
 
     def clean_index(self, node: Node, victim: Path) -> NDArray[np.int64]:
-        """Which training images are the clean ones of a stage. victim: the artefact of the model that it faces."""
+        """Which training images are the clean ones of a stage. victim: the artefact of the model that it faces.
+
+        Who sees the training set gets no clean copy of a poisoned image: it would find the twin, and the trigger.
+        """
         split_seed = cells.seed("split", self.data.hash, node.victim_seed, node.defense_seed)
-        exclude = poisoned(victim) if self.exclude_poisoned else None
+        exclude = poisoned(victim) if self.exclude_poisoned or "suspect" in node.inputs else None
         return cells.clean_index(self.data.n_train, float(node.spec["clean_rate"]), split_seed, exclude)
 
     def _clean(self, node: Node, victim: Path, into: Path, labels: bool) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +453,8 @@ class Matrix:
         if worker.kind == "defend":
             extra["rebuild"] = self._meta(worker.key).get("rebuild", {}).get("function", "")
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
+        if extra.get("rebuild"):  # its code ran there, too
+            guests += [judged, *self._built_again(extras.values())]
         marked = [stage for stage in guests if any(stage.numerics.get(name) for name in remarks.MARKS)]
         return dataclasses.replace(
             cell.row, **measured, **extra, state="ok", reason="", clean_poisoned=self._overlap(cell), seconds=seconds,
@@ -466,6 +468,13 @@ class Matrix:
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,
                     "before": cell.before, "predict": judged.key, **extras},
         )  # fmt: skip
+
+    def _built_again(self, keys: Iterable[str]) -> list[Stage]:
+        """Stages beside the score, and what they were made from, in which a repair was built again."""
+        found = [self._stage(key) for key in keys]
+        inputs = [self.plan.nodes[stage.key].inputs.get("weights") for stage in found if stage is not None]
+        found += [self._stage(key) for key in inputs if key is not None and self.plan.nodes[key].kind == "retune"]
+        return [stage for stage in found if stage is not None]
 
     def _retuned(self, name: str, key: str) -> dict[str, Any]:
         try:

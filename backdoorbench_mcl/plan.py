@@ -257,7 +257,7 @@ class Builder:
             "precision": request.precision,
         }
         told = {"suspect": self.suspect(case)} if "suspect" in defense.knows else {}
-        spec.update(told)
+        spec.update({**told, "exclude_poisoned": True} if told else {})
         return self.node(
             "defend", f"{defense.label} on {case.name}{self.at(case)}", spec,
             inputs={"victim": case.victim, **_roles(needs), **told},

@@ -294,7 +294,7 @@ def labels_used(method: Described, needed: Needed) -> bool:
     return bool(method.uses_labels) or any(labels_used(other, needed) for other in others)
 
 
-def _check_declarations(defense: Described, offer: Offer) -> None:
+def check_declarations(defense: Described, offer: Offer) -> None:
     """What a table shows of a method's knowledge must be all of it. Raises PluginError."""
     undeclared = sorted(set(defense.knows) - set(offer.entry.may_know))
     if undeclared:  # `--defenses all` goes by the entry
@@ -359,7 +359,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
 
     def told(defense: Described) -> Described:
         full = replace(defense, told=tuple(sorted(_told(defense, needed))))
-        _check_declarations(full, registry.find("defense", full.full_name))
+        check_declarations(full, registry.find("defense", full.full_name))
         return full
 
     found_defenses = [_contained(defense, untyped, told) for defense in found_defenses]

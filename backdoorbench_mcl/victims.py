@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import cast
 
 import numpy as np
@@ -61,19 +62,20 @@ def train(job: Job) -> None:
     model.train()
     if attack.controls == "training":
         state = _trained(attack, model, state, api.AttackContext(**own, train=clean, needs=job.needs()))
-        index, count = torch.empty(0, dtype=torch.int64), None
+        index, count, content = torch.empty(0, dtype=torch.int64), None, None
     else:
         poisoned = attack.poison(clean, state, job.rng("poison"))
         _check_overlay(attack, poisoned, clean)
         images = _poisoned(clean, poisoned, job.device)
         kit.fit(model, images, api.Context(**own), lambda batch: F.cross_entropy(model(batch.x), batch.y))
-        index, count = poisoned.index, len(poisoned.index)
+        index, count, content = poisoned.index, len(poisoned.index), _content(poisoned)
     weights = weights_of(model)
     require_finite(weights)
     job.save("weights", weights)
     lasting = attack.lasting(state)
     job.save("attack", {"poison_index": index, **{f"state.{k}": v for k, v in lasting.tensors.items()}})
-    job.save_meta({"attack": dict(lasting.meta), "poisoned": count, "train": len(clean)})
+    meta = {"attack": dict(lasting.meta), "poisoned": count, "train": len(clean)}
+    job.save_meta(meta if content is None else {**meta, "content": content})
 
 
 def _prepared(job: Job) -> tuple[api.Attack, api.Images, api.State]:
@@ -117,13 +119,23 @@ def suspect(job: Job) -> None:
     job.save_meta({"images": len(seen)})
 
 
+def _content(poisoned: api.Poisoned) -> str:
+    """SHA-256 (hex) of the poisoned images and their labels."""
+    digest = hashlib.sha256(poisoned.y.cpu().contiguous().numpy().data)
+    for part in poisoned.x.split(_rows(poisoned.x)) if len(poisoned.x) else ():
+        digest.update(part.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _check_same(attack: api.Attack, poisoned: api.Poisoned, state: api.State, job: Job) -> None:
     stored = attack_state(job)
     same = torch.equal(poisoned.index, poison_index(job)) and state.tensors.keys() == stored.tensors.keys()
+    same = same and job.spec["content"] in (None, _content(poisoned))  # None: a victim of an earlier version
     if not (same and all(torch.equal(tensor.cpu(), stored.tensors[name]) for name, tensor in state.tensors.items())):
         raise PluginError(
             f"{attack.name}: the poisoned training set cannot be made again as this victim saw it (it was trained on "
-            "another machine, or the attack is not deterministic); train the victim here, in a runs folder of its own"
+            "another machine, device or number of threads, or the attack is not deterministic); train the victim here, "
+            "in a runs folder of its own"
         )
 
 

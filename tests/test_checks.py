@@ -101,7 +101,7 @@ class Seeder(Defense):
 class Settler(Defense):
     def defend(self, model: api.Classifier, ctx: api.DefenseContext) -> Any:
         os.environ["OFFENDED"] = str(len(os.environ))
-        torch.set_float32_matmul_precision("medium")
+        torch.set_num_threads(torch.get_num_threads() + 1)
         return model
 
 
@@ -378,7 +378,7 @@ OFFENCES: list[tuple[str, Any, str]] = [
     ("has_a_card", Cardless, "the module cardless has no docstring"),
     ("deterministic", Moody, "conv1.weight differ between two runs with equal seeds"),
     ("leaves_global_state_alone", Seeder, "seeded the global generator of numpy, torch"),
-    ("leaves_global_state_alone", Settler, "changed matmul precision, the environment for the whole process"),
+    ("leaves_global_state_alone", Settler, "changed threads, environment for the whole process"),
     ("stamp_keeps_dtype_range_and_shape", Inplace, "stamp() wrote to its input"),
     ("stamp_keeps_dtype_range_and_shape", Floats, "into torch.float32 (1, 3, 32, 32); return uint8"),
     ("stamp_keeps_dtype_range_and_shape", Invisible, "changed no pixel of 20 images"),
@@ -439,14 +439,14 @@ def subject(offender: Any, monkeypatch: pytest.MonkeyPatch) -> Subject:
 def test_a_check_fails_on_its_offender(
     name: str, offender: Any, message: str, cardless: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_num_threads()
     monkeypatch.setenv("OFFENDED", "no")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
     try:
         with pytest.raises(CheckFailed) as caught:
             getattr(testing, f"check_{name}")(subject(offender, monkeypatch))
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(before)
     line = str(caught.value)
     assert message in line
     assert "\n" not in line

@@ -18,6 +18,7 @@ from backdoorbench_mcl.api import Classifier
 from backdoorbench_mcl.describe import load_class
 from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.kit import masked
+from backdoorbench_mcl.report.grid import build
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -119,6 +120,35 @@ def test_masked_channels_are_zero_and_the_others_untouched() -> None:
         masked(model, {"missing": [0]})
 
 
+def test_code_of_its_own_beside_the_test_images_is_not_ranked(finished: tuple[Path, dict[str, Row]]) -> None:
+    """A function of this package is known to look at nothing; one of a plugin could pair images with their twins."""
+    rows = finished[1]
+    shipped = [rows["before"], rows["same"], rows["masker"]]
+    (line,) = build(shipped)[0].lines
+    assert [cell.incomparable for cell in line.cells if cell][1:] == ["", ""]
+    assert any(cell.asr_rank for cell in line.cells if cell)
+    foreign = dataclasses.replace(rows["masker"], rebuild="bbmcl_toy_methods:opened")
+    (line,) = build([rows["before"], rows["same"], foreign])[0].lines
+    assert line.cells[2] is not None
+    assert line.cells[2].incomparable == "custom inference by code of its own"
+    assert (line.cells[2].asr_rank, line.cells[2].ba_rank) == ("", "")
+    said = " ".join(report.render([rows["before"], rows["same"], foreign], "table").split())
+    assert "Not ranked where that is the method's own code: it runs where the test images are." in said
+
+
+def test_what_a_rebuild_opens_marks_the_row(tmp_path: Path) -> None:
+    """Without Landlock, in the job that predicts and in that of a re-tuning; with it the cell would fail."""
+    asked = small.options("badnets", "masker(how=reading)", retune=10)
+    found = runner.run_matrix(asked, Settings(runs=tmp_path / "runs", workers=1, isolation="process"), live=False)
+    (row,) = [row for row in found if row.defense != "before"]
+    assert (row.state, row.reason) == ("ok", "")
+    assert "/etc/hostname" in row.strays
+    store = Store(tmp_path / "runs")
+    kinds = {stage.kind for stage in store.stages() if "/etc/hostname" in stage.numerics.get("strays", ())}
+    store.close()
+    assert {"defend", "predict", "retune"} <= kinds
+
+
 # ---------------------------------------------------------------- attackers that train
 
 
@@ -191,6 +221,14 @@ def test_a_defense_is_granted_the_training_set_that_the_victim_saw(finished: tup
     assert places != poisoned.tolist()  # in random order: the place in the data set tells nothing
 
 
+def test_who_sees_the_training_set_has_no_clean_copy_of_a_poisoned_image(
+    finished: tuple[Path, dict[str, Row]],
+) -> None:
+    """Such a copy, whose twin in the training set shows the trigger, would give away all that was not granted."""
+    assert finished[1]["wary"].clean_poisoned == 0
+    assert finished[1]["same"].clean_poisoned != 0  # the toy's clean set does meet poisoned images
+
+
 def test_the_others_are_not(finished: tuple[Path, dict[str, Row]]) -> None:
     runs, rows = finished
     store = Store(runs)
@@ -201,10 +239,11 @@ def test_the_others_are_not(finished: tuple[Path, dict[str, Row]]) -> None:
     assert "suspect" not in inputs["same"].numerics["inputs"]
 
 
+@pytest.mark.parametrize("what", ["index", "content"])
 def test_a_training_set_that_comes_out_otherwise_is_not_passed_off_as_the_victims(
-    finished: tuple[Path, dict[str, Row]], tmp_path: Path
+    what: str, finished: tuple[Path, dict[str, Row]], tmp_path: Path
 ) -> None:
-    """As with a victim that was imported from another machine, where the attack chose other images."""
+    """As with a victim that was imported from another machine, where the attack chose or made other images."""
     _, rows = finished
     asked = small.options("badnets", "wary")
     other = tmp_path / "runs"
@@ -217,8 +256,12 @@ def test_a_training_set_that_comes_out_otherwise_is_not_passed_off_as_the_victim
     for file in store.open(stage).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     known = load_file(folder / "attack.safetensors")
-    known["poison_index"] = known["poison_index"].roll(1)
-    save_file(known, folder / "attack.safetensors")
+    if what == "index":
+        known["poison_index"] = known["poison_index"].roll(1)
+        save_file(known, folder / "attack.safetensors")
+    else:
+        meta = json.loads((folder / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps({**meta, "content": "0" * 64}))
     store.forget(stage.key)
     store.commit(dataclasses.replace(stage, artefact=""), folder)
     store.close()

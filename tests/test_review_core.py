@@ -27,7 +27,7 @@ from backdoorbench_mcl.plan import Plan
 from backdoorbench_mcl.plugins import Offer
 from backdoorbench_mcl.progress import Progress
 from backdoorbench_mcl.registry import Described
-from backdoorbench_mcl.request import Request, _check_declarations
+from backdoorbench_mcl.request import Request, check_declarations
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -146,13 +146,13 @@ def test_knowledge_by_way_of_a_need_is_declared() -> None:
     needs = {"trigger": {"kind": "trigger", "method": "nc-box", "verdict": None}}
     told: dict[str, Any] = {"needs": needs, "told": ("target",)}
     with pytest.raises(PluginError, match="add 'target' to its `knows`"):
-        _check_declarations(described(**told), offer("target"))
-    _check_declarations(described(**told, knows=("target",)), offer("target"))
+        check_declarations(described(**told), offer("target"))
+    check_declarations(described(**told, knows=("target",)), offer("target"))
 
 
 def test_knowledge_that_the_entry_hides_is_refused() -> None:
     with pytest.raises(PluginError, match=r"told target, which its Entry does not list in may_know=\(\)"):
-        _check_declarations(described(knows=("target",)), offer())
+        check_declarations(described(knows=("target",)), offer())
 
 
 # ---------------------------------------------------------------- one failure never stops it

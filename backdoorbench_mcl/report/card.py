@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,9 @@ def render(registry: Registry, name: str) -> str:
     offers = [o for kind in HOOKS.values() for o in registry.plugins.of(kind) if wanted in (o.entry.name, o.full_name)]
     if not offers:
         names = sorted({o.entry.name for o in registry.plugins.offers})
-        raise UserError(f"unknown method {wanted!r}; there are: {', '.join(names)}. See: bbmcl plugins")
+        close = difflib.get_close_matches(wanted, names, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}."
+        raise UserError(f"unknown method {wanted!r}; {hint} See: bbmcl plugins")
     blocks = []
     for offer in offers:
         card = registry.card(offer)

@@ -74,6 +74,11 @@ class Cell:
         return sum(row.state == "n/a" and row.gate == "weak" for row in self.runs)
 
     @property
+    def guest(self) -> bool:
+        """Whether a method's own code built a model where it was judged, beside the test images, and could look."""
+        return any(row.rebuild and not row.rebuild.startswith("backdoorbench_mcl.") for row in self.ok)
+
+    @property
     def incomparable(self) -> str:
         """Why the cell may not be compared with its neighbours, "" if it may.
 
@@ -81,6 +86,8 @@ class Cell:
         """
         if self.erased:
             return "target class erased"
+        if self.guest:
+            return "custom inference by code of its own"
         planned = len(self.runs) - self.held_back
         return "" if self.ok and len(self.ok) == planned else f"{len(self.ok)} of {planned} runs finished"
 

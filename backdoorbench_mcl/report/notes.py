@@ -92,7 +92,10 @@ def _rebuilt(block: Block) -> list[str]:
     cells = [(column.label, line.cells[i]) for i, column in enumerate(block.columns) for line in block.lines]
     found = {(label, row.rebuild) for label, cell in cells if cell for row in cell.runs if row.rebuild}
     told = ", ".join(f"{label} ({one_line(function)})" for label, function in sorted(found))
-    return [f"Custom inference, more than other weights: {told}."] if told else []
+    out = [f"Custom inference, more than other weights: {told}."] if told else []
+    if any(cell.guest for _, cell in cells if cell):
+        out.append("Not ranked where that is the method's own code: it runs where the test images are.")
+    return out
 
 
 def _surrogates(block: Block) -> list[str]:

@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from ..errors import BbmclError, UserError
+from ..errors import BbmclError, NotApplicable, UserError
 from .core import CheckFailed, Skipped, Subject
 from .suite import CHECKS, checks_for
 
@@ -22,6 +22,8 @@ def verdict(name: str, subject: Subject) -> dict[str, object]:
         check(subject)
     except Skipped as reason:
         state, message = "skipped", str(reason)
+    except NotApplicable as reason:
+        state, message = "skipped", f"not applicable to the toys ({reason})"
     except (CheckFailed, BbmclError) as error:
         state, message = "failed", str(error)
     except (Exception, SystemExit) as error:  # whatever a method raises is its result

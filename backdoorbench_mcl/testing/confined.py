@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from .. import api, confine, datacache
 from ..engines.local import Finished, Local
 from . import toys
-from .core import CheckFailed, Subject, check, label_of, state_of
+from .core import CheckFailed, Skipped, Subject, check, label_of, state_of
 
 _HERE = "backdoorbench_mcl.testing.toys"
 JOBS = {"attack": "train", "inverter": "invert", "defense": "defend"}
@@ -25,6 +25,8 @@ SECONDS = 120.0
 def check_runs_confined(subject: Subject) -> None:
     """As a job of a matrix, in a child process that can open nothing but its own files, it ends well."""
     ended = run(subject)
+    if ended.state == "n/a":
+        raise Skipped(f"not applicable to the toys ({ended.reason})")
     if ended.state != "ok":
         raise CheckFailed(f"{label_of(subject)}: as a job it ended {ended.state}: {ended.reason}")
     if strays := ended.result.get("strays"):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
-from typing import Any
 
 import numpy as np
 import torch
 
+from .. import globalstate
 from ..describe import jsonable, load_class
 from ..errors import BbmclError
 from ..method import Method, schema
@@ -79,10 +78,10 @@ def check_deterministic(subject: Subject) -> None:
 def check_leaves_global_state_alone(subject: Subject) -> None:
     """It seeds nothing and leaves settings of the process as they were."""
     who = label_of(subject)
-    before = _settings()
+    before, paths = globalstate.taken(), list(sys.path)
     for_seeds = [_drawn_after(subject, seed) for seed in (0, 1)]
-    after = _settings()
-    changed = [name for name in before if before[name] != after[name]]
+    changed = [name for name in globalstate.changed(before) if name != "seed"]  # which `seeded` itself sets
+    changed += ["sys.path"] if paths != sys.path else []
     require(
         not changed,
         f"{who}: changed {', '.join(changed)} for the whole process; set it back, or do without (a job may share its "
@@ -100,21 +99,6 @@ def _drawn_after(subject: Subject, seed: int) -> tuple[float, float, float]:
     with seeded(seed):
         running.outcome(subject, global_seed=None)
         return random.random(), float(np.random.random()), float(torch.rand(()))
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "torch's default type": torch.get_default_dtype(),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's default device": str(torch.get_default_device()),
-        "grad mode": torch.is_grad_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "numpy's error handling": tuple(sorted(np.geterr().items())),
-        "the working directory": os.getcwd(),
-        "sys.path": tuple(sys.path),
-        "the environment": tuple(sorted(os.environ.items())),
-    }
 
 
 __all__ = [

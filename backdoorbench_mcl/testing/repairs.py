@@ -73,7 +73,7 @@ def check_survives_a_restart(subject: Subject) -> None:
         require(
             not changed,
             f"{label_of(subject)}: {', '.join(changed[:3])} differ after a restart from a snapshot; save all that the "
-            "loop goes on from, ctx.rng.get_state() included",
+            "loop goes on from, ctx.rng.get_state() included (kit.fit keeps ctx.rng and torch's generator, no other)",
         )
         return
     raise CheckFailed(f"{label_of(subject)}: caught the end of its process; catch no BaseException")

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import api
 from ..describe import jsonable
 from ..errors import BbmclError
-from . import toys
+from . import datasets, toys
 from .core import CheckFailed, Subject, as_api, label_of, require, seeded, state_of
 
 
@@ -183,7 +183,7 @@ def outcome(subject: Subject, seed: int = 0, global_seed: int | None = 0) -> dic
     if subject.kind == "model":
         with seeded(global_seed):
             return state_of(subject.make().build(toys.CLASSES, toys.SHAPE))
-    images = [subject.make().load(split, None) for split in ("train", "test")]
+    images = [datasets.load(subject, "train")[1], datasets.load(subject, "test")[1]]
     names = ("train images", "test images", "train labels", "test labels")
     return dict(zip(names, [part.x for part in images] + [part.y for part in images], strict=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..errors import NotApplicable
 from ..method import Method
 from . import attacks, confined, datasets, every, networks, repairs
 from .core import Check, CheckFailed, Skipped, Subject
@@ -61,7 +62,7 @@ def _bound(check: Check, subject: Subject) -> Callable[[], Any]:
 
         try:
             check(subject)
-        except Skipped as reason:
+        except (Skipped, NotApplicable) as reason:
             pytest.skip(str(reason))
 
     return run

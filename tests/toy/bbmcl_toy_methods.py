@@ -213,7 +213,7 @@ class Masker(Defense):
 
     name = "masker"
 
-    def __init__(self, *, how: Literal["right", "hidden", "unknown", "other"] = "right") -> None:
+    def __init__(self, *, how: Literal["right", "hidden", "unknown", "other", "reading"] = "right") -> None:
         self.how = how
 
     def defend(self, model: Classifier, ctx: DefenseContext) -> Classifier | Repaired:
@@ -221,8 +221,15 @@ class Masker(Defense):
         cut = kit.masked(model, masks)
         if self.how == "hidden":
             return cut
-        rebuild = "nowhere:nothing" if self.how == "unknown" else "backdoorbench_mcl.kit:masked"
+        own = {"unknown": "nowhere:nothing", "reading": "bbmcl_toy_methods:opened"}
+        rebuild = own.get(self.how, "backdoorbench_mcl.kit:masked")
         return Repaired(cut, rebuild, {"masks": {} if self.how == "other" else masks})
+
+
+def opened(model: Classifier, masks: Mapping[str, list[int]]) -> Classifier:
+    """A `rebuild` that looks around."""
+    Path("/etc/hostname").read_bytes()
+    return kit.masked(model, masks)
 
 
 class Wary(Defense):
