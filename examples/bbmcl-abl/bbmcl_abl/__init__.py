@@ -7,4 +7,9 @@ from backdoorbench_mcl.hooks import Entry, hookimpl
 
 @hookimpl
 def bbmcl_defenses() -> list[Entry]:
-    return [Entry("abl", "bbmcl_abl.method:Abl", "fine-tune with smoothed labels")]
+    return [
+        Entry(
+            "abl", "bbmcl_abl.method:ABL", "train anew on suspect data: isolate, learn, unlearn",
+            "Li et al., Anti-Backdoor Learning, NeurIPS 2021, arXiv 2110.11571", may_know=("suspect",),
+        )
+    ]  # fmt: skip
