@@ -6,9 +6,10 @@ near gamma, below which poisoned ones sink at once; the share of lowest loss is 
 E_rest[l] - E_isolated[l], then takes back what those taught. Of the paper are gamma = 0.5, 1 % isolated, 100 epochs
 with the turn after 20, learning rate 0.1.
 Differs: between the two there are 60 epochs on the rest alone, as in the authors' experiments; their learning rate and
-that of the ascent (0.0005) follow the same source, as we know it. The network is a fresh one of the victim's
-architecture: the victim that the harness hands over, and the clean images, are not used. The sign is that of each
-image's own loss, as in the formula, not of the batch's mean.
+that of the ascent (0.0005) follow the same source, as we know it. With turn + unlearn = 1 there are none, as in the
+formula. The ascent has no bound: too many of its steps, or too large ones, wreck the network. The network is a fresh
+one of the victim's architecture: the victim that the harness hands over, and the clean images, are not used. The sign
+is that of each image's own loss, as in the formula, not of the batch's mean.
 Budget: the whole takes `times` times as many epochs or steps as ctx.recipe says. With its 20 epochs that makes the
 paper's 100, epochs being passes over the suspect set; budget `mid` leaves repairs as they are, hence 100 as well, and
 `quick`, which counts steps, takes 5 x 200. Batch, momentum, weight decay and augmentation are the recipe's.

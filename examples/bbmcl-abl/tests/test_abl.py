@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from bbmcl_abl import method
 from bbmcl_abl.method import ABL, global_ascent, local_ascent, losses_of, lowest, phases
+from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from backdoorbench_mcl.api import Classifier, DefenseContext, Recipe, UserError
+from backdoorbench_mcl.kit import predict
 from backdoorbench_mcl.testing import parametrize_with_checks, toys
 
 
@@ -106,17 +109,36 @@ def test_the_recipe_says_how_long(recipe: dict[str, Any], totals: list[int]) -> 
     assert lines[0].startswith("isolated 4 of 400 images")
 
 
-def test_the_isolated_are_poisoned_and_are_unlearned() -> None:
-    """Stated beforehand: with a planted patch the images learnt first carry it, and in the end it commands nothing."""
-    defense = ABL(lr=0.05, isolation=0.1, unlearn_lr=0.005)
-    net, _, lines, _ = run(defense, Recipe(steps=60, batch=40, augment="none"))
-    assert lines[0] == "isolated 40 of 400 images, labels [1]"
+def fired(net: Classifier) -> float:
+    """ASR on the toys, in %."""
     test = toys.make_images(toys.TEST, 2)
-    others = test.y != toys.TARGET
-    with torch.no_grad():
-        fired = net(toys.stamped(test.x[others]).float() / 255).argmax(1) == toys.TARGET
-    assert toys.accuracy(net, test) > 75
-    assert 100 * fired.float().mean() < 20
+    stamped = toys.stamped(test.x[test.y != toys.TARGET])
+    return 100 * float((predict(net, stamped) == toys.TARGET).float().mean())
+
+
+def test_what_is_learnt_first_is_poison_and_can_be_unlearned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stated beforehand: nine of ten isolated images carry the patch, as one in five does by chance, and the ascent
+    takes the backdoor away, which is there without it. There is no training in between: it would drive the loss of the
+    toys' poison, half of which stays in the rest, to where no gradient is left.
+    """
+    chosen: list[Tensor] = []
+
+    def spy(losses: Tensor, share: float) -> Tensor:
+        chosen.append(lowest(losses, share))
+        return chosen[-1]
+
+    monkeypatch.setattr(method, "lowest", spy)
+    settings = {"lr": 0.05, "isolation": 0.1, "unlearn_lr": 0.002}
+    before, *_ = run(ABL(turn=1.0, unlearn=0.0, times=3.75, **settings), Recipe(steps=16, batch=40, augment="none"))
+    after, *_ = run(ABL(turn=0.75, unlearn=0.25, **settings), Recipe(steps=16, batch=40, augment="none"))
+    assert torch.equal(chosen[0], chosen[1])
+    suspect = toys.suspect_images()
+    carrying = (suspect.x == toys.stamped(suspect.x)).flatten(1).all(1)
+    assert (int(chosen[0].sum()), int(carrying.sum())) == (40, 80)
+    assert int((chosen[0] & carrying).sum()) >= 36
+    assert fired(before) > 90
+    assert fired(after) < 20
+    assert toys.accuracy(after, toys.make_images(toys.TEST, 2)) > 60
 
 
 def test_shares_that_do_not_fit() -> None:
