@@ -59,7 +59,8 @@ def losses_of(model: Classifier, images: Images) -> Tensor:
     model.eval()
     with torch.no_grad():
         parts = [
-            cross_entropy(model(batch.x), batch.y, reduction="none").cpu() for batch in images.batches(at_once(images.x))
+            cross_entropy(model(batch.x), batch.y, reduction="none").cpu()
+            for batch in images.batches(at_once(images.x))
         ]
     return torch.cat(parts)
 

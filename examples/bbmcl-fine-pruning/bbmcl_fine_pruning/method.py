@@ -56,7 +56,9 @@ def mean_activation(model: Classifier, layer: str, x: Tensor) -> Tensor:
 
     def look(module: nn.Module, inputs: object, out: object) -> None:
         if not isinstance(out, Tensor) or out.ndim != 4:
-            raise UserError(f"fine-pruning: {layer!r} does not put out maps (B, C, H, W); name a convolution in `layer`")
+            raise UserError(
+                f"fine-pruning: {layer!r} does not put out maps (B, C, H, W); name a convolution in `layer`"
+            )
         sums.append(out.double().clamp_min(0).mean((2, 3)).sum(0).cpu())  # (C,)
 
     modules[layer].register_forward_hook(look)

@@ -7,4 +7,9 @@ from backdoorbench_mcl.hooks import Entry, hookimpl
 
 @hookimpl
 def bbmcl_attacks() -> list[Entry]:
-    return [Entry("wanet", "bbmcl_wanet.method:Wanet", "a grey square in the corner")]
+    return [
+        Entry(
+            "wanet", "bbmcl_wanet.method:WaNet", "a smooth warp of the whole image; trains the victim itself",
+            "Nguyen and Tran, WaNet, ICLR 2021, arXiv 2102.10369",
+        )
+    ]  # fmt: skip
