@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from bbmcl_abl import method
-from bbmcl_abl.method import ABL, global_ascent, local_ascent, losses_of, lowest, phases
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from backdoorbench_mcl.api import Classifier, DefenseContext, Recipe, UserError
 from backdoorbench_mcl.kit import predict
 from backdoorbench_mcl.testing import parametrize_with_checks, toys
+from bbmcl_abl import method
+from bbmcl_abl.method import ABL, global_ascent, local_ascent, losses_of, lowest, phases
 
 
 @parametrize_with_checks([ABL(lr=0.05)])  # 150 steps in all: the toys learn nothing from 0.1
@@ -26,7 +26,7 @@ def test_local_ascent_by_hand() -> None:
     losses = torch.tensor([0.25, 0.5, 1.5, 3.0], requires_grad=True)
     value = local_ascent(losses, 0.5)
     assert value.item() == (-0.25 + 0 + 1.5 + 3.0) / 4  # at gamma itself nothing is asked
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     assert losses.grad is not None and losses.grad.tolist() == [-0.25, 0.0, 0.25, 0.25]
 
 
@@ -43,7 +43,7 @@ def test_global_ascent_by_hand() -> None:
     rest, isolated = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.1, 0.2, 0.6], requires_grad=True)
     value = global_ascent(rest, isolated)
     assert value.item() == pytest.approx(2.0 - 0.3)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     assert rest.grad is not None and rest.grad.tolist() == [0.5, 0.5]
     assert isolated.grad is not None and isolated.grad.tolist() == pytest.approx([-1 / 3] * 3)
 

@@ -36,8 +36,8 @@ from backdoorbench_mcl.kit import fit, frozen, masked, predict
 
 
 def last_convolution(model: nn.Module) -> str:
-    """The name of the last Conv2d in module order, the order of definition. Raises NotApplicable where there is none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    """The name of the Conv2d that was defined last. Raises NotApplicable where there is none."""
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not names:
         raise NotApplicable("fine-pruning: the network has no convolution; name a module with channels in `layer`")
     return names[-1]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bbmcl_fine_pruning.method import FinePruning, accuracy, last_convolution, mean_activation, prune
 from torch import Tensor, nn
 
 from backdoorbench_mcl.api import Classifier, DefenseContext, Granted, NotApplicable, Recipe, UserError
 from backdoorbench_mcl.testing import parametrize_with_checks, toys
+from bbmcl_fine_pruning.method import FinePruning, accuracy, last_convolution, mean_activation, prune
 
 
 @parametrize_with_checks([FinePruning(), FinePruning(layer="conv1", ratio=0.25, step=2)])
@@ -109,11 +109,12 @@ def defend(model: Classifier, defense: FinePruning) -> dict[str, list[int]]:
 def test_what_is_cut_is_what_a_literal_loop_cuts() -> None:
     victim, clean = toys.victim(), toys.clean_images()
     order = mean_activation(victim, "conv2", clean.x).argsort(stable=True).tolist()
-    floor, kept = accuracy(victim, clean) - 4, []
+    floor = accuracy(victim, clean) - 4
+    kept: list[int] = []
     for channel in order[:-1]:
         trial = toys.victim()
         with torch.no_grad():
-            trial.conv2.weight[[*kept, channel]] = 0  # type: ignore[index,operator,union-attr]  # no bias: its output is 0
+            trial.conv2.weight[[*kept, channel]] = 0  # type: ignore[operator,union-attr]  # no bias: its output is 0
         if accuracy(trial, clean) < floor:
             break
         kept.append(channel)

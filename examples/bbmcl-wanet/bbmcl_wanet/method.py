@@ -79,9 +79,9 @@ def shares(size: int, rate: float, cross: float) -> tuple[int, int]:
 
 
 class WaNet(Attack):
-    """target: the label wanted. rate: share of each batch that is warped and relabelled. cross: images in noise mode for
-    each of those, 0 for none. grid: control points along each side, k in the paper. strength: mean offset at them along
-    each axis, in half pixels, s in the paper.
+    """target: the label wanted. rate: share of each batch that is warped and relabelled. cross: images in noise mode
+    for each of those, 0 for none. grid: control points along each side, k in the paper. strength: mean offset at them
+    along each axis, in half pixels, s in the paper.
     """
 
     name = "wanet"

@@ -1,4 +1,4 @@
-"""The contract of backdoorbench_mcl, one test per sentence; below it the warp, what a batch is made of, the training."""
+"""The contract of backdoorbench_mcl, one test per sentence; below it the warp, the batches, the training."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bbmcl_wanet.method import WaNet, control_offsets, offsets, sampling_grid, shares, warp
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from backdoorbench_mcl.api import AttackContext, Batch, Classifier, Images, Recipe, State, UserError
 from backdoorbench_mcl.kit import predict
 from backdoorbench_mcl.testing import parametrize_with_checks, toys
+from bbmcl_wanet.method import WaNet, control_offsets, offsets, sampling_grid, shares, warp
 
 EXPECTED = {"check_trigger_is_learnable": "the toys are noise around a colour: warped, they are such noise again"}
 
@@ -49,7 +49,7 @@ def test_no_offset_changes_nothing() -> None:
 
 
 def test_one_pixel_to_the_right_and_none_down() -> None:
-    """Two half pixels: each pixel shows its right neighbour, the last one itself. `W - 1` steps lie between -1 and 1."""
+    """Each pixel shows its right neighbour, the last one itself. `W - 1` pixels lie between -1 and 1."""
     offset = torch.zeros(4, 6, 2)
     offset[..., 0] = 2 * 6 / 5
     x = torch.arange(6, dtype=torch.uint8).mul(40).expand(1, 1, 4, 6)
@@ -79,7 +79,7 @@ def literal(image: Tensor, offset: Tensor) -> list[list[float]]:
 
 @pytest.mark.parametrize("strength", [0.5, 3.0, 40.0])
 def test_warping_is_a_literal_bilinear_interpolation(strength: float) -> None:
-    """On an image of coordinates, column in red and row in green, and on noise in blue; strong offsets meet the border."""
+    """On coordinates, the column in red and the row in green, and on noise in blue; strong offsets meet the border."""
     height, width = 9, 13
     x = torch.zeros(1, 3, height, width)
     x[0, 0], x[0, 1] = torch.arange(width) / 13, torch.arange(height)[:, None] / 13
