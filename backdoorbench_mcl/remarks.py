@@ -67,7 +67,7 @@ def origins(row: Row) -> dict[str, str]:
     """
     labels = {"attack": row.attack, "model": row.model, "dataset": row.dataset, "defense": row.defense,
               "inverter": row.inverter or ""}  # fmt: skip
-    named = [(label, row.params[role]) for role, label in labels.items() if role in row.params]
+    named = [(label, row.params[role]) for role, label in labels.items() if label and role in row.params]
     named += [pair for role, found in row.params.items() if role.startswith("needs ") for pair in found.items()]
     parted = [(label, str(identity.get("name", "")).rpartition("/")[0]) for label, identity in named]
     return {label: package for label, package in parted if package not in ("", DIST)}

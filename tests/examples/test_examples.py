@@ -22,9 +22,9 @@ from backdoorbench_mcl.rows import Row
 ROOT = Path(__file__).resolve().parent.parent.parent
 METHODS = {"bbmcl-abl": "abl", "bbmcl-fine-pruning": "fine-pruning", "bbmcl-wanet": "wanet"}
 GONE = "bbmcl-fine-pruning"
-SETS = (
-    "badnets.target=1", "badnets.rate=0.2", "wanet.target=1", "wanet.rate=0.3", "wanet.cross=0.2", "wanet.strength=60",
-    "train.steps=400", "defend.steps=40", "abl.lr=0.05",
+SETS = (  # a strong warp and no other ones: the toy images are noise around a colour, with little to warp
+    "badnets.target=1", "badnets.rate=0.2", "wanet.target=1", "wanet.rate=0.3", "wanet.cross=0", "wanet.strength=60",
+    "train.steps=800", "defend.steps=40", "abl.lr=0.05",
 )  # fmt: skip
 
 pytestmark = [
@@ -113,11 +113,11 @@ def test_their_own_tests_pass(installed: tuple[Environment, dict[str, Path]], pa
 
 def test_cells_are_filled(finished: tuple[Path, list[Row]]) -> None:
     rows = {(row.attack, row.defense): row for row in finished[1]}
-    assert {cell: (row.state, row.gate) for cell, row in rows.items()} == {
-        ("badnets", "before"): ("ok", "ok"), ("badnets", "fine-pruning"): ("ok", "ok"),
-        ("badnets", "abl"): ("ok", "ok"), ("wanet", "before"): ("ok", "ok"), ("wanet", "fine-pruning"): ("ok", "ok"),
-        ("wanet", "abl"): ("n/a", "ok"),
+    assert {cell: row.state for cell, row in rows.items()} == {
+        ("badnets", "before"): "ok", ("badnets", "fine-pruning"): "ok", ("badnets", "abl"): "ok",
+        ("wanet", "before"): "ok", ("wanet", "fine-pruning"): "ok", ("wanet", "abl"): "n/a",
     }  # fmt: skip
+    assert {row.gate for row in rows.values()} <= {"ok", "flagged"}
     assert {row.rebuild for row in rows.values() if row.defense == "fine-pruning"} == {"backdoorbench_mcl.kit:masked"}
     assert rows["badnets", "abl"].knows == ("suspect",)
     assert rows["wanet", "abl"].reason == "the attacker trained the model: there is no training set to look at"
@@ -148,7 +148,7 @@ def test_rows_outlive_the_package(finished: tuple[Path, list[Row]], tmp_path: Pa
         assert {row["key"]: Row.from_dict(row) for row in stored} == {row.key: row for row in rows}
         if present:
             environment.pip("uninstall", "--yes", GONE)
-    page = environment.bbmcl("report", "--runs", runs, "--format", "html")
-    assert f"fine-pruning ({GONE} 0.1.0)" in page
+    environment.bbmcl("report", "--runs", runs, "--format", "html")
+    assert f"fine-pruning ({GONE} 0.1.0)" in (runs / "report.html").read_text()
     refused = environment.bbmcl("matrix", "--defenses", "fine-pruning", "--attacks", "badnets", status=2)
     assert "unknown defense 'fine-pruning'" in refused
