@@ -86,7 +86,7 @@ class Matrix:
         self.earlier: dict[int, Row] = {}  # rows that are scored again, for a stage beside the score
         self.scores: dict[str, dict[str, Any]] = {}
         self.work = WorkFolder()
-        self.versions = provenance.versions()
+        self.data = {str(cell.row.params["dataset"]["name"]).rpartition("/")[0] for cell in plan.cells}
         self.origin = provenance.collect()
 
     # ------------------------------------------------------------ the loop
@@ -294,6 +294,7 @@ class Matrix:
 
     def _finished(self, node: Node, result: Mapping[str, Any]) -> Stage:
         common = self.grants.common
+        packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()}
         numerics = {
             "device": common["device"],
             "precision": common["precision"],
@@ -303,7 +304,7 @@ class Matrix:
             "changed": result.get("changed", []),
             "curves": result.get("curves", {}),
             "machine": provenance.machine_class(str(common["device"])),
-            "versions": self.versions,
+            "versions": provenance.versions(self.data | packages),
             "origin": self.origin,
             "inputs": {role: self.stages[key].artefact for role, key in node.inputs.items() if key in self.stages},
         }
@@ -428,7 +429,8 @@ class Matrix:
         return dataclasses.replace(
             cell.row, state=cause.state, reason=cause.reason, blame=cause.blame,  # type: ignore[arg-type]
             stages={"failed": cause.key} if cause.key else {},
-            versions=self.versions, threads=common["threads"], isolation=common["isolation"],
+            versions=provenance.versions(remarks.origins(cell.row).values()), threads=common["threads"],
+            isolation=common["isolation"],
         )  # fmt: skip
 
     def _with_stages(self, cell: Cell, measured: Mapping[str, Any]) -> Row:
@@ -452,6 +454,7 @@ class Matrix:
         worker = own[0] if own else judged
         if worker.kind == "defend":
             extra["rebuild"] = self._meta(worker.key).get("rebuild", {}).get("function", "")
+        made = [stage.numerics["versions"] for stage in [*own, *shared, *self._roots(cell)]]
         guests = [worker, *(stage for stage in shared if stage.kind != "train")]  # whose methods a defense relies on
         if extra.get("rebuild"):  # its code ran there, too
             guests += [judged, *self._built_again(extras.values())]
@@ -463,7 +466,8 @@ class Matrix:
             isolation=max((str(stage.numerics["isolation"]) for stage in guests), key=_LOOSENESS.index),
             **remarks.marks([stage.numerics for stage in marked]),
             blame=self.plan.nodes[marked[0].key].actor.blame if marked else "",
-            device=worker.numerics["device"], threads=worker.numerics["threads"], versions=worker.numerics["versions"],
+            device=worker.numerics["device"], threads=worker.numerics["threads"],
+            versions=remarks.versions(worker.numerics["versions"], made, remarks.origins(cell.row).values()),
             stages={**{s.kind: s.key for s in reversed(own + shared) if s.kind not in ("train", "invert")},
                     **({} if cell.trigger is None else {"invert": cell.trigger}), "model": cell.victim,
                     "before": cell.before, "predict": judged.key, **extras},
@@ -475,6 +479,10 @@ class Matrix:
         inputs = [self.plan.nodes[stage.key].inputs.get("weights") for stage in found if stage is not None]
         found += [self._stage(key) for key in inputs if key is not None and self.plan.nodes[key].kind == "retune"]
         return [stage for stage in found if stage is not None]
+
+    def _roots(self, cell: Cell) -> list[Stage]:
+        """The victim of a cell and the surrogates behind it, as far as they are still there."""
+        return [stage for key in (cell.victim, *cell.surrogates) if (stage := self._stage(key)) is not None]
 
     def _retuned(self, name: str, key: str) -> dict[str, Any]:
         try:

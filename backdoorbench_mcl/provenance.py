@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -34,10 +35,13 @@ _LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Versions by distribution, "absent" for what is not installed; read from metadata, nothing is imported."""
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Versions by distribution, "absent" for what is not installed; read from metadata, nothing is imported.
+
+    packages: distributions to name beside those that every result depends on. Example: `versions(["bbmcl-abl"])`
+    """
     found = {"backdoorbench-mcl": __version__, "python": platform.python_version()}
-    for name in DISTRIBUTIONS:
+    for name in (*DISTRIBUTIONS, *sorted(set(packages) - found.keys())):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

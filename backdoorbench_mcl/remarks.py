@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import evaluate
+from .registry import DIST
 from .rows import Row
 
 QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
@@ -65,6 +66,33 @@ def retuned(name: str, predictions: Mapping[str, NDArray[Any]], used: Sequence[i
     return dict(zip(EXTRAS[name], (len(used), *(measured[field] for field in _RETUNED[1:])), strict=True))
 
 
+def origins(row: Row) -> dict[str, str]:
+    """The methods of other packages that a row rests on: label -> distribution. Example: `{"abl": "bbmcl-abl"}`
+
+    Rows know where a method came from by its full name in their parameters; made-up ones need not.
+    """
+    labels = {"attack": row.attack, "model": row.model, "dataset": row.dataset, "defense": row.defense,
+              "inverter": row.inverter or ""}  # fmt: skip
+    named = [(label, row.params[role]) for role, label in labels.items() if label and role in row.params]
+    named += [pair for role, found in row.params.items() if role.startswith("needs ") for pair in found.items()]
+    parted = [(label, str(identity.get("name", "")).rpartition("/")[0]) for label, identity in named]
+    return {label: package for label, package in parted if package not in ("", DIST)}
+
+
+def versions(
+    nearest: Mapping[str, str], others: Sequence[Mapping[str, str]], packages: Collection[str]
+) -> dict[str, str]:
+    """What made a row: `nearest`, the versions of its own stage, and those of `packages` in every stage that it rests
+    on. One whose stages were made by several versions has them all. Example: `{"bbmcl-abl": "0.1.0, 0.2.0"}`
+    """
+    out = dict(nearest)
+    for package in sorted(set(packages)):
+        found = dict.fromkeys(made[package] for made in (nearest, *others) if package in made)
+        if found:
+            out[package] = ", ".join(sorted(found))
+    return out
+
+
 def lacking(stored: Row, asked: Mapping[str, str]) -> bool:
     """Whether a stored row was scored without one of the stages beside the score that are asked for (name -> key)."""
     return stored.state == "ok" and any(stored.stages.get(name) != key for name, key in asked.items())
@@ -79,4 +107,7 @@ def kept(row: Row, earlier: Row | None, asked: Mapping[str, str]) -> Row:
     return dataclasses.replace(row, **fields, stages={**row.stages, **{name: earlier.stages[name] for name in names}})
 
 
-__all__ = ["EXTRAS", "MARKS", "QUALITY", "inversion", "kept", "lacking", "marks", "retuned", "surrogates", "verdict"]
+__all__ = [
+    "EXTRAS", "MARKS", "QUALITY", "inversion", "kept", "lacking", "marks", "origins", "retuned", "surrogates",
+    "verdict", "versions",
+]  # fmt: skip

@@ -8,12 +8,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import made
 import pytest
 import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from backdoorbench_mcl import artefacts, report, runner
+from backdoorbench_mcl import artefacts, remarks, report, runner
 from backdoorbench_mcl.api import Classifier
 from backdoorbench_mcl.describe import load_class
 from backdoorbench_mcl.errors import PluginError, UserError
@@ -196,6 +197,45 @@ def test_an_attack_without_its_half_is_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(PluginError, match=reason):
         load_class(f"{name}:Half", "attack")
+
+
+# ---------------------------------------------------------------- methods of other packages
+
+
+def test_rows_name_the_packages_whose_methods_made_them(finished: tuple[Path, dict[str, Row]]) -> None:
+    runs, rows = finished
+    # of a repair, of a victim, of a cell that failed, of one that was not run
+    for label in ("same", "before", "masker(how=hidden)", "takeover/wary"):
+        assert rows[label].versions["bbmcl-toy"] == "1.0"
+    store = Store(runs)
+    versions = {stage.kind: stage.numerics["versions"] for stage in store.stages()}
+    store.close()
+    assert all(versions[kind]["bbmcl-toy"] == "1.0" for kind in ("train", "defend", "predict"))
+    said = " ".join(report.render(list(rows.values()), "table").split())
+    assert "Methods of other packages: tiny-net (bbmcl-toy 1.0); tiny (bbmcl-toy 1.0); same (bbmcl-toy 1.0)" in said
+
+
+def test_versions_are_those_that_made_the_stages() -> None:
+    base = {"torch": "2.9", "python": "3.11"}
+    nearest, older = {**base, "mine": "2.0"}, {**base, "torch": "2.8", "mine": "1.0", "theirs": "7"}
+    assert remarks.versions(nearest, [nearest, older], ["mine", "theirs", "lost"]) == {
+        **base, "mine": "1.0, 2.0", "theirs": "7",
+    }  # fmt: skip
+    assert remarks.versions(nearest, [older], []) == nearest
+
+
+def test_origins_are_told_as_far_as_rows_know_them() -> None:
+    params = {
+        "attack": {"name": "mine/own"}, "model": {"name": "backdoorbench-mcl/wrn"}, "dataset": {"name": "cifar10"},
+        "defense": {"name": "theirs/d"}, "inverter": {"name": "mine/i"}, "train": {"lr": 0.1},
+        "needs defense": {"d(step=2)": {"name": "theirs/d"}},
+    }  # fmt: skip
+    row = Row("k", "cifar10", "wrn-16-1", "own", "d", 0, 0, 0.05, "ok", inverter="i(steps=2)", params=params)
+    assert remarks.origins(row) == {"own": "mine", "d": "theirs", "i(steps=2)": "mine", "d(step=2)": "theirs"}
+    told = [made.make("own", "d", params=params, versions={"mine": version}) for version in ("1.0", "1.0, 2.0")]
+    rows = [dataclasses.replace(row, victim_seed=seed) for seed, row in enumerate(told)]
+    said = " ".join(report.render(rows, "markdown").split())
+    assert "Methods of other packages: own (mine 1.0, 2.0); d (theirs); d(step=2) (theirs)." in said
 
 
 # ---------------------------------------------------------------- the suspect training set

@@ -92,6 +92,13 @@ def test_a_missing_distribution_is_absent(monkeypatch: pytest.MonkeyPatch) -> No
     assert provenance.versions()["no-such-distribution"] == "absent"
 
 
+def test_versions_of_packages_stand_beside_those_of_the_libraries() -> None:
+    found = provenance.versions(["pytest", "torch", "no-such-distribution"])
+    assert found["pytest"] == pytest.__version__
+    assert found["no-such-distribution"] == "absent"
+    assert {name: found[name] for name in provenance.versions()} == provenance.versions()
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_and_dirt_of_a_checkout(tmp_path: Path) -> None:
     def git(*words: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from .. import remarks
 from ..evaluate import FTR_MARGIN, GATE_OK
 from ..rows import Row
 from ..text import one_line
@@ -72,6 +73,7 @@ def legend(block: Block, ranking: str) -> list[str]:
     images = sorted({row.data for row in block.rows if any(word in row.data for word in _UNUSUAL)})
     out += [f"Images: {one_line(text, 200)}." for text in images]
     out += _attackers(block) + _surrogates(block) + _controls(block) + _verdicts(block) + _rebuilt(block)
+    out += _origins(block)
     out.append(_runs(block))
     if any("/" in cell.tag for cell in cells):
         out.append("k/n: k of n runs finished, the numbers are theirs; not ranked where the defense itself failed.")
@@ -96,6 +98,19 @@ def _rebuilt(block: Block) -> list[str]:
     if any(cell.guest for _, cell in cells if cell):
         out.append("Not ranked where that is the method's own code: it runs where the test images are.")
     return out
+
+
+def _origins(block: Block) -> list[str]:
+    """Methods that other packages brought, and the versions that made the rows: they may be gone by now."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in block.rows:
+        for origin in remarks.origins(row).items():
+            found.setdefault(origin, set()).update(row.versions.get(origin[1], "").split(", "))
+    told = []
+    for (label, package), made in found.items():
+        named = " ".join(filter(None, [package, ", ".join(sorted(made - {""}))]))
+        told.append(one_line(f"{label} ({named})"))
+    return [f"Methods of other packages: {'; '.join(told)}."] if told else []
 
 
 def _surrogates(block: Block) -> list[str]:
