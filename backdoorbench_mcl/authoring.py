@@ -72,9 +72,8 @@ def _filled(template: str, kind: str, name: str) -> str:
     for mark, value in marks.items():
         text = text.replace(mark, value)
     cls = "".join(word.capitalize() for word in name.split("-"))
-    if any(
-        re.search(rf"\b{cls}\b", _template(one)) for one in (template, f"{kind}.py")
-    ):  # `rate`: the class is imported
+    around = [_template(one) for one in (f"{kind}.py", "entry.txt", "test.txt")]
+    if any(re.search(rf"\b{cls}\b", one) for one in around):  # `rate`: `Rate` is imported there
         cls += kind.capitalize()
     text = text.replace("bbmcl_mymethod", "bbmcl_" + name.replace("-", "_"))
     return text.replace("MyMethod", cls).replace("mymethod", name)
