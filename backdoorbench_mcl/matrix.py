@@ -26,6 +26,7 @@ from .plan import Cell, Node, Plan
 from .plugins import Plugin
 from .progress import Progress as Display
 from .rows import FINAL_STATES, Row
+from .standing import Failure, Standing
 from .store import Claim, Stage, Store
 from .workdir import WorkFolder
 
@@ -46,35 +47,19 @@ class _Job:
     started: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a stage does not exist. state: "failed", "killed", "timeout", "diverged" or "n/a"; key: the stage, if one;
-    blame: whose it is.
-    """
-
-    state: str
-    reason: str
-    key: str = ""
-    blame: str = ""
-
-
-class Matrix:
+class Matrix(Standing):
     """One run of a plan on a store. retry: try stages again that failed in an earlier run."""
 
     def __init__(
         self, plan: Plan, store: Store, grants: Grants, engine: Local, display: Display, *, retry: bool = True,
         observers: Sequence[tuple[Plugin, Observer]] = (),
     ) -> None:  # fmt: skip
-        self.plan = plan
-        self.store = store
+        super().__init__(plan, store, display)
         self.grants = grants
         self.engine = engine
-        self.display = display
         self.retry = retry
         self.observers = list(observers)
         self.blamed: set[Plugin] = set()  # observers whose failure was told
-        self.stages: dict[str, Stage] = {}
-        self.absent: set[str] = set()  # not stored when it was last looked for
         self.seen = -1  # `Store.changes` at that time
         self.failures = {  # to begin with, stages whose method is no good
             node.key: Failure("failed", node.actor.problem, node.key, node.actor.blame)
@@ -159,33 +144,6 @@ class Matrix:
         busy = {job.node.key for job in self.running.values()}
         return sorted((node for key, node in ready.items() if key not in busy), key=lambda node: node.rank)
 
-    def _stage(self, key: str) -> Stage | None:
-        """The stage if it exists: what another driver has stored meanwhile counts.
-
-        One that was made from other artefacts than those stored now (imported, or its victim was computed again on
-        another machine) is forgotten: no row may compare a repair with a victim that it did not repair.
-        """
-        if key not in self.stages and key not in self.absent:
-            found = self.store.stage(key)
-            if found is not None and not self._fits(found):
-                self.display.note(f"{self.plan.nodes[key].title}: made from other inputs, computed again")
-                self.store.forget(key)
-            if found is not None and self.plan.nodes[key].inputs:
-                found = self.store.stage(key)  # it went too if what it was made from has just been forgotten
-            if found is None:
-                self.absent.add(key)
-                return None
-            self.stages[key] = found
-        return self.stages.get(key)
-
-    def _fits(self, stage: Stage) -> bool:
-        made_from: Mapping[str, str] = stage.numerics.get("inputs", {})
-        for role, key in self.plan.nodes[stage.key].inputs.items():
-            source = self._stage(key)
-            if source is not None and made_from.get(role, source.artefact) != source.artefact:
-                return False
-        return True
-
     # ------------------------------------------------------------ jobs
 
     def _start_jobs(self) -> bool:
@@ -244,17 +202,6 @@ class Matrix:
                 self.stages.pop(key, None)
                 found = True
         return found
-
-    def _open(self, key: str) -> Path:
-        stage = self._stage(key)
-        if stage is None:
-            raise Damaged(f"stage {key[:12]} is gone")
-        try:
-            return self.store.open(stage)
-        except Damaged:
-            for other in [k for k, s in self.stages.items() if s.artefact == stage.artefact]:
-                del self.stages[other]
-            raise
 
     def _handle(self, event: Progress | Finished) -> None:
         job = self.running.get(event.folder)
@@ -393,18 +340,6 @@ class Matrix:
         )  # fmt: skip
         return dataclasses.replace(cell, row=row)
 
-    def _cause(self, key: str) -> Failure | None:
-        """The failure that keeps a stage from existing, however far up; None while there is hope."""
-        if key in self.failures:
-            return self.failures[key]
-        for role, needed in self.plan.nodes[key].inputs.items():
-            cause = self._cause(needed)
-            if cause is not None:
-                node = self.plan.nodes[needed]
-                direct = role in ("weights", "trial") or cause is not self.failures.get(needed)
-                return cause if direct else dataclasses.replace(cause, reason=f"{node.title}: {cause.reason}")
-        return None
-
     def _score_stage(self, key: str) -> dict[str, Any] | None:
         if key not in self.scores:
             if self._stage(key) is None:
@@ -503,14 +438,6 @@ class Matrix:
             return None
         index = self.grants.clean_index(self.plan.nodes[cell.own[0]], victim)
         return int(np.isin(index, poisoned(victim)).sum())
-
-    def _meta(self, key: str) -> dict[str, Any]:
-        """What a stage says of itself, {} where it is damaged: a row is worth more than the remark."""
-        try:
-            return artefacts.read_meta(self._open(key))
-        except Damaged as damage:
-            self.display.note(f"a stored result is damaged, what it says of itself is left out ({damage})")
-            return {}
 
 
 def _seconds(stages: Sequence[Stage]) -> float:
