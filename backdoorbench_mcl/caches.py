@@ -65,13 +65,42 @@ def _spec(top: str) -> ModuleSpec | None:
         return None
 
 
+def beside(module: str, before: Iterable[str]) -> dict[str, str]:
+    """Path -> SHA-256 of the files of modules that this process has imported since `before` (names), which `code` does
+    not see: those outside the module's own top-level package. What is installed is told by its version, and left out.
+    """
+    tops = {module.partition(".")[0], __package__}
+    known = set(before)
+    found: dict[str, str] = {}
+    for name, loaded in list(sys.modules.items()):
+        file = getattr(loaded, "__file__", None)
+        if name in known or name.partition(".")[0] in tops or not str(file).endswith(".py"):
+            continue
+        if not {"site-packages", "dist-packages"} & set(Path(str(file)).parts) and not _standard(name):
+            found[str(file)] = _hash(str(file))
+    return found
+
+
+def _standard(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _hash(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:  # gone: whoever kept it must ask again
+        return ""
+
+
 def read(file: Path) -> dict[str, Any] | None:
-    """A reply that was kept, None where there is none."""
+    """A reply that was kept, None where there is none or where a file beside it has changed."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):  # absent or damaged: ask again
         return None
-    return found if isinstance(found, dict) and "ok" in found else None
+    if not (isinstance(found, dict) and "ok" in found):
+        return None
+    return found if all(_hash(path) == known for path, known in found.get("beside", {}).items()) else None
 
 
 def write(file: Path, reply: Mapping[str, Any]) -> None:
@@ -85,4 +114,4 @@ def write(file: Path, reply: Mapping[str, Any]) -> None:
         return
 
 
-__all__ = ["cache_folder", "code", "key", "read", "source", "write"]
+__all__ = ["beside", "cache_folder", "code", "key", "read", "source", "write"]

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from . import api
+from . import api, caches
 from .children import serve
 from .errors import BbmclError, PluginError
 from .method import Method, schema
@@ -149,13 +149,17 @@ def card(request: Mapping[str, Any]) -> dict[str, Any]:
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """One reply: `{"ok": ...}`, or `{"error": line}`, with `"broken"` where nothing that was typed is to blame."""
     try:
-        return {"ok": card(request) if request["ask"] == "card" else describe(request)}
+        told = card(request) if request["ask"] == "card" else describe(request)
+        return {"ok": told, "beside": caches.beside(request["target"].partition(":")[0], OURS)}
     except PluginError as error:
         return {"error": str(error), "broken": True}
     except BbmclError as error:
         return {"error": str(error)}
     except (Exception, SystemExit) as error:  # whatever a plugin's constructor raises is the plugin's
         return {"error": f"{request['target']}: {type(error).__name__}: {error}"}
+
+
+OURS = frozenset(sys.modules)  # what is imported before any plugin
 
 
 def main() -> None:

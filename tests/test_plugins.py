@@ -18,7 +18,8 @@ import pytest
 from backdoorbench_mcl import __version__, children, hookspecs, listing, memory, plugins
 from backdoorbench_mcl.errors import PluginError, UserError
 from backdoorbench_mcl.hooks import Entry
-from backdoorbench_mcl.registry import Registry
+from backdoorbench_mcl.params import selection
+from backdoorbench_mcl.registry import Registry, Wanted
 
 HEAD = "from backdoorbench_mcl.hooks import Entry, hookimpl\n"
 GOOD = HEAD + "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('good', 'x.y:Z', 'fine')]\n"
@@ -337,3 +338,22 @@ def test_a_deprecated_use_is_told_with_package_and_file(install: Installer, monk
     (notice,) = plugins.load({}, [dist]).notices
     assert "plugin old/main (old 1.0, " in str(notice)
     assert "uses what is going to go: argument 'cell' goes" in str(notice)
+
+
+def test_a_description_is_stale_once_a_module_beside_the_package_changes(install: Installer, tmp_path: Path) -> None:
+    """A default that comes from a module which is no part of the package."""
+    (tmp_path / "constants_of_mine.py").write_text("RATE = 0.1\n")
+    (tmp_path / "mod_lib_method.py").write_text(
+        "from constants_of_mine import RATE\nfrom backdoorbench_mcl.api import Defense\n"
+        "class Mine(Defense):\n    name = 'mine'\n    def __init__(self, *, rate: float = RATE) -> None:\n"
+        "        self.rate = rate\n    def defend(self, model, ctx):\n        return model\n"
+    )
+    entry = "@hookimpl\ndef bbmcl_defenses():\n    return [Entry('mine', 'mod_lib_method:Mine', 'mine')]\n"
+    dist = install("lib", HEAD + entry)
+    defaults = []
+    for rate in (0.1, 0.1, 0.7):
+        (tmp_path / "constants_of_mine.py").write_text(f"RATE = {rate}\n")
+        known = Registry(plugins.load({}, [dist]), tmp_path / "cache")
+        (found,) = known.describe([Wanted("defense", selection("mine"))])
+        defaults.append(found.params["rate"])
+    assert defaults == [0.1, 0.1, 0.7]
