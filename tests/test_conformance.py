@@ -40,6 +40,9 @@ EXPECTED = {
 }
 
 
-@parametrize_with_checks(list(shipped()), EXPECTED)
+ALL = Subject("attack", "bbmcl_attacks.badnets:BadNets", {"targets": "all", "rate": 0.5}, label="badnets-all-to-all")
+
+
+@parametrize_with_checks([*shipped(), ALL], EXPECTED)
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -11,6 +11,7 @@ from . import running, toys
 from .core import Skipped, Subject, as_api, check, label_of, require
 
 LEARNT = 90.0  # ASR in %: the gate of the harness, below which no defense is run
+LEARNT_ALL = 50.0  # of all-to-all, twice as much as chance: for a rule per class the toy network is too small
 
 
 @check("attack")
@@ -129,7 +130,7 @@ def check_state_can_be_stored(subject: Subject) -> None:
 
 @check("attack")
 def check_trigger_is_learnable(subject: Subject) -> None:
-    """A toy network trained on the poison obeys the trigger: ASR of at least 90 %, clean images still recognised."""
+    """A toy network trained on the poison obeys the trigger: ASR of at least 90 % (all-to-all: 50), BA kept."""
     who = label_of(subject)
     planted = running.plant(subject)
     test = toys.make_images(toys.TEST, 2)
@@ -139,14 +140,16 @@ def check_trigger_is_learnable(subject: Subject) -> None:
     model = planted.model
     if model is None:
         assert planted.poisoned is not None
-        model = toys.learn(toys.fresh(), running.laid_over(toys.make_images(), planted.poisoned))
+        steps = 400 if planted.attack.target is None else 150
+        model = toys.learn(toys.fresh(), running.laid_over(toys.make_images(), planted.poisoned), steps)
     hit = kit.predict(model, running.stamp(planted, test.x, test.y)) == goal.y
     asr = 100 * float(hit[goal.counted].float().mean())
     ba = toys.accuracy(model, test)
+    bar, least = (LEARNT_ALL, 50) if planted.attack.target is None else (LEARNT, 60)
     require(
-        asr >= LEARNT and ba >= 60,
+        asr >= bar and ba >= least,
         f"{who}: a toy network trained on its poison has ASR {asr:.1f} % and BA {ba:.1f} %, expected at least "
-        f"{LEARNT:g} and 60; give it parameters that suit 400 images of 32x32 (rate, strength), or see whether the "
+        f"{bar:g} and {least}; give it parameters that suit 400 images of 32x32 (rate, strength), or see whether the "
         "labels of poison() and the trigger of stamp() are those of goal()",
     )
 
