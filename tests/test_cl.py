@@ -170,7 +170,8 @@ def test_its_control_is_the_same_attack_without_perturbation() -> None:
     told = [describe({**asked, "params": params})["attack"] for params in ({}, {"eps": 0.0})]
     control = {**CL().params, "eps": 0.0}
     assert told == [
-        {"target": 5, "control": {"set": {"eps": 0.0}, "params": control}}, {"target": 5, "control": {}},
+        {"target": 5, "control": {"set": {"eps": 0.0}, "params": control}, "controls": "data"},
+        {"target": 5, "control": {}, "controls": "data"},
     ]  # fmt: skip
 
 

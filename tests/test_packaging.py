@@ -83,9 +83,8 @@ def sources() -> set[str]:
     """Everything below the packages that a wheel has to hold, by its name in there."""
     files = [path.relative_to(ROOT) for path in (ROOT / "backdoorbench_mcl").rglob("*")]
     files += [path.relative_to(ROOT / "plugins") for path in (ROOT / "plugins").rglob("*")]
-    return {
-        path.as_posix() for path in files if path.suffix in {".py", ".toml", ".typed", ".csv", ".html", ".css", ".js"}
-    }
+    kinds = {".py", ".toml", ".typed", ".csv", ".html", ".css", ".js", ".txt"}
+    return {path.as_posix() for path in files if path.suffix in kinds}
 
 
 def test_the_wheel_holds_every_source_file_and_nothing_else(built: Built) -> None:
