@@ -474,6 +474,20 @@ def test_a_method_that_reads_what_was_not_granted_fails_as_a_job(
         testing.check_runs_confined(Subject("defense", "reading_defense:Reader", label="my reader"))
 
 
+class Covered(Attack):
+    """Stamps as many images again whose labels it keeps, so that the trigger alone does not suffice."""
+
+    def poison(self, train: api.Images, state: api.State, rng: torch.Generator) -> api.Poisoned:
+        index = kit.choose(len(train), 160, rng)
+        x, y = train.take(index)
+        y[torch.randperm(160, generator=rng)[:80]] = 1
+        return api.Poisoned(index, self.stamp(x, y, state, rng), y)
+
+
+def test_covers_are_no_poison_beyond_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing.check_poison_touches_exactly_rate(subject(Covered, monkeypatch))
+
+
 def test_every_check_has_an_offender() -> None:
     offended = {f"check_{name}" for name, _, _ in OFFENCES} | {"check_runs_confined"}
     assert {check.name for check in testing.CHECKS} == offended

@@ -80,15 +80,19 @@ def check_poison_touches_exactly_rate(subject: Subject) -> None:
 
 
 def _require_rate(who: str, rate: float, train: api.Images, poisoned: api.Poisoned) -> None:
-    """floor or round of rate * N (spec 4.6); an attack that keeps the labels cannot take more than one class has."""
+    """floor or round of rate * N (spec 4.6); an attack that keeps the labels cannot take more than one class has, and
+    one that also stamps images whose labels it keeps (covers) is judged by those that it relabels.
+    """
     exact = Fraction(str(rate)) * len(train)
     wanted = {int(exact), round(exact)}
     kept = bool((poisoned.y == train.y[poisoned.index]).all()) and len(poisoned.index)
     if kept:
         most = int(train.y.bincount().max())
         wanted = {min(count, most) for count in wanted}
+    relabelled = int((poisoned.y != train.y[poisoned.index]).sum())
+    covers = not kept and len(poisoned.index) > max(wanted) and max(wanted) / 2 <= relabelled <= max(wanted)
     require(
-        len(poisoned.index) in wanted,
+        len(poisoned.index) in wanted or covers,
         f"{who}: rate={rate:g} of {len(train)} images poisoned {len(poisoned.index)}, expected {min(wanted)}; the rate "
         "is a share of the whole training set",
     )
