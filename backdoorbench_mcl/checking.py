@@ -64,7 +64,7 @@ class _Child:
         asked, told, self.log = (Path(folder, name) for name in ("asked.json", "told.jsonl", "log.txt"))
         asked.write_text(json.dumps({"subject": dict(spec), "checks": list(names)}))
         told.touch()
-        command = [sys.executable, "-m", "backdoorbench_mcl.testing.child", str(asked), str(told)]
+        command = [sys.executable, "-u", "-m", "backdoorbench_mcl.testing.child", str(asked), str(told)]
         # toys are small: a second thread only waits; what a killed child leaves lies in the folder that goes
         env = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": folder}
         self.part = ""

@@ -33,7 +33,7 @@ def ask(module: str, requests: Sequence[Mapping[str, Any]], seconds: float) -> l
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)  # the child finds what this process would
         with (folder / OUTPUT).open("w+b") as output:
             server = subprocess.Popen(
-                [sys.executable, "-m", module, name], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                [sys.executable, "-u", "-m", module, name], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, start_new_session=True,
             )  # fmt: skip
             try:

@@ -250,6 +250,7 @@ def test_kills_at_any_moment_cost_nothing_that_was_finished(
 def test_a_job_that_hangs_dies_with_its_driver(launcher: Launcher, reference: Reference) -> None:
     shutil.copytree(reference.runs, launcher.runs)
     with launcher.driver("badnets", "offender(how=hang)") as driver:
+        assert wait_until(lambda: b"isolation " in driver.stderr.read_bytes(), 120)  # all methods have been read
         assert wait_until(lambda: bool(workers(driver.session)), 120)  # victim and trigger are there: it is the defense
         time.sleep(0.5)
         (job,) = workers(driver.session)
