@@ -353,8 +353,7 @@ def new(
 
     for file in authoring.new(kind, name, into):
         print(file)
-    folder = into / f"bbmcl-{name}"
-    print(f"next: pip install -e '{folder}[test]' && bbmcl check {name}")
+    print(f"next: pip install -e '{into / f'bbmcl-{name}'}[test]' && bbmcl check {name}")
 
 
 @app.command()

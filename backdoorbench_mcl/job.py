@@ -74,16 +74,7 @@ class Job:
 
     def rebuilt(self, model: api.Classifier, function: str, params: Mapping[str, Any]) -> api.Classifier:
         """What a repair's `rebuild` makes of an untrained `model`, in eval mode on the device."""
-        module, _, name = function.partition(":")
-        try:
-            build = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise PluginError(
-                f"rebuild {function!r} cannot be imported ({error}); expected 'package.module:function'"
-            ) from error
-        made = build(model, **params)
-        if not isinstance(made, api.Classifier):
-            raise PluginError(f"rebuild {function} returned {type(made).__name__}, expected a Classifier")
+        made = rebuilt(model, function, params)
         made.precision = self.spec["precision"]
         return made.to(self.device).to(memory_format=torch.channels_last).eval()
 
@@ -152,6 +143,21 @@ class Job:
         (self.folder / "out" / "meta.json").write_text(json.dumps(meta, sort_keys=True, allow_nan=False))
 
 
+def rebuilt(model: api.Classifier, function: str, params: Mapping[str, Any]) -> api.Classifier:
+    """What the `rebuild` "module:function" of a repair makes of an untrained `model`. Raises PluginError."""
+    module, _, name = function.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PluginError(
+            f"rebuild {function!r} cannot be imported ({error}); expected 'package.module:function'"
+        ) from error
+    made = build(model, **params)
+    if not isinstance(made, api.Classifier):
+        raise PluginError(f"rebuild {function} returned {type(made).__name__}, expected a Classifier")
+    return made
+
+
 def weights_of(model: api.Classifier) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
@@ -191,4 +197,4 @@ def trigger_of(where: str, tensors: Mapping[str, Tensor]) -> api.Trigger:
     return cast(api.Trigger, cls.from_tensors(tensors))
 
 
-__all__ = ["Job", "Tick", "attack_state", "label_key", "poison_index", "require_finite", "weights_of"]
+__all__ = ["Job", "Tick", "attack_state", "label_key", "poison_index", "rebuilt", "require_finite", "weights_of"]

@@ -19,22 +19,15 @@ from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from . import __version__, caches, children
 from .errors import PluginError
 from .hooks import NAMESPACE, Entry
+from .listing import COLLECTING, DIST, OBSERVER
 
 Kind = Literal["attack", "model", "inverter", "defense", "dataset"]
-HOOKS: Mapping[str, Kind] = {
-    "bbmcl_attacks": "attack",
-    "bbmcl_models": "model",
-    "bbmcl_inverters": "inverter",
-    "bbmcl_defenses": "defense",
-    "bbmcl_datasets": "dataset",
-}
-OBSERVER = "bbmcl_cell_finished"
-DIST = "backdoorbench-mcl"
+HOOKS: Mapping[str, Kind] = dict(zip(COLLECTING, get_args(Kind), strict=True))  # both in one order
 SLOW = 2.0  # seconds: what importing torch takes, which an entry module must not
 PATIENCE = 10.0  # seconds for one entry point: five times SLOW, for a cold disk or a busy machine
 _CONTRACTS = ("hooks.py", "hookspecs.py", "listing.py")
@@ -252,4 +245,4 @@ def observers(found: Plugins) -> list[tuple[Plugin, Callable[..., object]]]:
     return out
 
 
-__all__ = ["HOOKS", "Kind", "Offer", "Plugin", "Plugins", "Problem", "guest", "load", "observers"]
+__all__ = ["DIST", "HOOKS", "Kind", "Offer", "Plugin", "Plugins", "Problem", "guest", "load", "observers"]

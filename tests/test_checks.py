@@ -56,7 +56,7 @@ OFFENCES: list[tuple[str, Any, str]] = [
     ("returns_a_working_classifier", o.Wide, "changed fc.bias, fc.weight of the state dict"),
     ("returns_a_working_classifier", o.Infinite, "conv1.weight of the repaired model is not finite"),
     ("returns_a_working_classifier", o.Hooked, "computes more than the network with its weights"),
-    ("returns_a_working_classifier", o.Unbuilt, "rebuild 'nowhere:nothing' does not work"),
+    ("returns_a_working_classifier", o.Unbuilt, "rebuild 'nowhere:nothing' cannot be imported"),
     ("returns_a_working_classifier", o.Ruinous, "has BA 25.0 %, expected at least 60"),
     ("keeps_a_clean_model_clean", o.Ruinous, "to 25.0 %, expected to keep all but 15 points"),
     ("embed_and_stages", o.networks(features=o.flat), "expected (B, C, H, W)"),
@@ -140,7 +140,7 @@ def test_checks_take_instances_and_skip_what_does_not_concern_them() -> None:
     testing.check_rebuilds_from_its_spec(defense.MyMethod(smoothing=0.3))
     with pytest.raises(Skipped, match="no detector"):
         testing.check_verdict_covers_every_label(inverter.MyMethod())
-    with pytest.raises(TypeError, match="is none of attack, inverter, defense, model, dataset"):
+    with pytest.raises(TypeError, match="is none of attack, model, inverter, defense, dataset"):
         testing.check_has_a_card(api.Recipe())
 
 

@@ -6,15 +6,16 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from ..describe import BASES, construct
 from ..method import Method
+from ..plugins import Kind
 
-KINDS = ("attack", "inverter", "defense", "model", "dataset")
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 class CheckFailed(AssertionError):

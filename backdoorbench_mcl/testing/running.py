@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .. import api
+from .. import api, job
 from ..describe import jsonable
 from ..errors import BbmclError
 from . import datasets, toys
@@ -71,9 +70,7 @@ def stored(state: api.State, who: str) -> api.State:
         tensors = load(save({name: tensor.contiguous() for name, tensor in state.tensors.items()}))
         return api.State(tensors, json.loads(json.dumps(dict(state.meta), allow_nan=False)))
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckFailed(
-            f"{who}: its State cannot be stored ({error}); give tensors, and JSON values in meta"
-        ) from error
+        raise CheckFailed(f"{who}: cannot be stored ({error}); give tensors, and JSON values in meta") from error
 
 
 def repair(
@@ -97,13 +94,10 @@ def repair(
     weights = state_of(repaired)
     rebuilt = toys.fresh()
     if isinstance(made, api.Repaired):
-        module, _, name = made.rebuild.partition(":")
         try:
-            rebuilt = getattr(importlib.import_module(module), name)(rebuilt, **jsonable(dict(made.params))).eval()
-        except (ImportError, AttributeError, ValueError, BbmclError) as error:
-            raise CheckFailed(
-                f"{who}: rebuild {made.rebuild!r} does not work ({error}); expected an importable 'module:function'"
-            ) from error
+            rebuilt = job.rebuilt(rebuilt, made.rebuild, jsonable(dict(made.params))).eval()
+        except BbmclError as error:
+            raise CheckFailed(f"{who}: {error}") from error
     else:
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
         changed = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
