@@ -15,7 +15,7 @@ from tiny import one_thread
 
 from backdoorbench_mcl import api, testing
 from backdoorbench_mcl.templates import defense, inverter
-from backdoorbench_mcl.testing import CheckFailed, Skipped, Subject
+from backdoorbench_mcl.testing import CheckFailed, Skipped, Subject, toys
 from bbmcl_attacks.badnets import BadNets
 from bbmcl_datasets.shapes import Shapes
 
@@ -106,24 +106,45 @@ def test_a_check_fails_on_its_offender(
 
 READER = """
 from pathlib import Path
-from backdoorbench_mcl.api import Defense
+from backdoorbench_mcl.api import Defense, Repaired
+from backdoorbench_mcl.templates import attack
+
 class Reader(Defense):
     name = "reader"
     def defend(self, model, ctx):
         Path("/etc/hostname").read_text()
         return model
+
+class Late(Defense):
+    name = "late"
+    def defend(self, model, ctx):
+        Late.repaired_here = True
+        return Repaired(model, "reading_methods:again", {})
+
+def again(model):
+    if not hasattr(Late, "repaired_here"):
+        Path("/etc/hostname").read_text()
+    return model
+
+class Stamper(attack.MyMethod):
+    name = "stamper"
+    def stamp(self, x, y, state, rng):
+        if len(x) == TEST:
+            Path("/etc/hostname").read_text()
+        return super().stamp(x, y, state, rng)
 """
 
 
+@pytest.mark.parametrize(("kind", "name"), [("defense", "Reader"), ("defense", "Late"), ("attack", "Stamper")])
 def test_a_method_that_reads_what_was_not_granted_fails_as_a_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a module of its own: a confined child may import the plugin's package and nothing beside it."""
-    (tmp_path / "reading_defense.py").write_text(READER)
+    (tmp_path / "reading_methods.py").write_text(READER.replace("TEST", str(toys.TEST)))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     with pytest.raises(CheckFailed, match=r"my reader: .*/etc/hostname"):
-        testing.check_runs_confined(Subject("defense", "reading_defense:Reader", label="my reader"))
+        testing.check_runs_confined(Subject(kind, f"reading_methods:{name}", label="my reader"))
 
 
 def test_covers_are_no_poison_beyond_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:

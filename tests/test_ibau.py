@@ -361,12 +361,39 @@ def test_the_perturbation_fools_and_stays_in_its_ball() -> None:
 def test_knobs_reach_the_method() -> None:
     reference = state(run()[0])
     changes: list[dict[str, Any]] = [
-        {"lr": 0.01}, {"rounds": 3}, {"iterations": 1}, {"batch": 24}, {"radius": 0.1}, {"clamp": True},
-        {"delta_lr": 1.0}, {"delta_optimiser": "adam"}, {"patched_share": 0.5}, {"weight": 0.5}, {"inner_step": 1.0},
+        {"lr": 0.01}, {"rounds": 3}, {"round_steps": 1}, {"iterations": 1}, {"batch": 24}, {"radius": 0.1},
+        {"clamp": True}, {"delta_lr": 1.0}, {"delta_optimiser": "adam"}, {"patched_share": 0.5}, {"weight": 0.5},
+        {"inner_step": 1.0},
     ]  # fmt: skip
     for change in changes:
         assert not same(state(run(**change)[0]), reference), change
     assert same(state(run()[0]), reference)
+
+
+def test_a_bounded_round_goes_on_where_the_last_one_stopped() -> None:
+    """24 images in batches of 10 are 10, 10 and 4; two steps a round take batches 1 2, 3 1, 2 3."""
+    method = IBAU(batch=10, round_steps=2)
+    seen = [[len(batch.x) for batch in method.batches(images(24), number)] for number in (1, 2, 3)]
+    assert seen == [[10, 10], [4, 10], [10, 4]]
+    x = torch.cat([batch.x for batch in method.batches(images(24), 2)])
+    assert torch.equal(x, torch.cat([images(24).x[20:], images(24).x[:10]]).float() / 255)
+    _, bench = run(images(24), rounds=3, round_steps=2)
+    assert bench.ticks == [(1, 6, 10), (2, 6, 10), (3, 6, 4), (4, 6, 10), (5, 6, 10), (6, 6, 4)]
+
+
+def test_enough_steps_are_a_whole_pass() -> None:
+    unbounded = state(run()[0])
+    assert same(state(run(round_steps=3)[0]), unbounded)
+    assert same(state(run(round_steps=1000)[0]), unbounded)
+
+
+def test_the_perturbation_is_fitted_on_the_batches_of_its_round() -> None:
+    bounded = IBAU(batch=10, round_steps=1, radius=None)
+    second = bounded.perturbation(Tiny(), images(24), 2)
+    assert torch.equal(
+        second, IBAU(batch=10, radius=None).perturbation(Tiny(), images(24).subset(torch.arange(10, 20)))
+    )
+    assert not torch.equal(second, bounded.perturbation(Tiny(), images(24), 1))
 
 
 def test_second_derivatives_are_never_taken_in_bf16() -> None:
@@ -414,9 +441,9 @@ def test_no_clean_images() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"lr": 0.0}, {"rounds": 0}, {"iterations": -1}, {"batch": 0}, {"radius": 0.0}, {"delta_lr": 0.0},
-        {"delta_optimiser": "lbfgs"}, {"patched_share": 0.0}, {"patched_share": 1.5}, {"weight": -1.0},
-        {"inner_step": 0.0},
+        {"lr": 0.0}, {"rounds": 0}, {"round_steps": 0}, {"iterations": -1}, {"batch": 0}, {"radius": 0.0},
+        {"delta_lr": 0.0}, {"delta_optimiser": "lbfgs"}, {"patched_share": 0.0}, {"patched_share": 1.5},
+        {"weight": -1.0}, {"inner_step": 0.0},
     ],
 )  # fmt: skip
 def test_bounds(given: dict[str, Any]) -> None:

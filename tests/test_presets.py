@@ -226,6 +226,7 @@ def test_budgets_change_only_how_much_is_done(preset: str) -> None:
         **{name: {"steps"} for name in ("train", "defend", "nc-box", "natural", "pixel", "uap", "mesa")},
         "nc-full": {"steps", "images_per_step", "coarse_steps", "patience"},
         "robust": {"steps", "pgd_steps", "pgd_step"},
+        "ibau": {"round_steps"},
     }
 
 

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from .. import api, confine, datacache
+from .. import api, artefacts, confine, datacache
 from ..engines.local import Finished, Local
 from . import toys
 from .core import CheckFailed, Skipped, Subject, check, label_of, state_of
 
 _HERE = "backdoorbench_mcl.testing.toys"
 JOBS = {"attack": "train", "inverter": "invert", "defense": "defend"}
+NEXT = {"attack": "trial", "defense": "predict"}  # the job that works with what the first one left
 SECONDS = 120.0
 
 
 @check("attack", "inverter", "defense")
 def check_runs_confined(subject: Subject) -> None:
-    """As a job of a matrix, in a child process that can open nothing but its own files, it ends well."""
+    """As jobs of a matrix, in child processes that can open nothing but their own files, it ends well.
+
+    An attack makes a victim and the triggered test set; a defense repairs, and its result predicts.
+    """
     ended = run(subject)
     if ended.state == "n/a":
         raise Skipped(f"not applicable to the toys ({ended.reason})")
@@ -34,16 +40,29 @@ def check_runs_confined(subject: Subject) -> None:
 
 
 def run(subject: Subject, seconds: float = SECONDS) -> Finished:
-    """The job of an attack that makes a victim, or of an inverter or defense that faces the toy victim, in a child."""
+    """The jobs of an attack, or of an inverter or defense that faces the toy victim, in children: how the last ended.
+
+    The second job is left out where the first did not end well.
+    """
     with tempfile.TemporaryDirectory(prefix="bbmcl-check-") as scratch, Local(1, seconds) as engine:
-        folder = Path(scratch, "job")
-        (folder / "in").mkdir(parents=True)
-        _fill(subject, folder)
-        engine.start(folder)
-        while True:
-            for event in engine.events():
-                if isinstance(event, Finished):
-                    return event
+        first = Path(scratch, "job")
+        (first / "in").mkdir(parents=True)
+        _fill(subject, first)
+        ended = _ended(engine, first)
+        if subject.kind not in NEXT or ended.state != "ok" or ended.result.get("strays"):
+            return ended
+        second = Path(scratch, "next")
+        (second / "in").mkdir(parents=True)
+        _follow(subject, first, second)
+        return _ended(engine, second)
+
+
+def _ended(engine: Local, folder: Path) -> Finished:
+    engine.start(folder)
+    while True:
+        for event in engine.events():
+            if isinstance(event, Finished):
+                return event
 
 
 def _fill(subject: Subject, folder: Path) -> None:
@@ -71,6 +90,22 @@ def _fill(subject: Subject, folder: Path) -> None:
     else:
         _repair(method, folder / "in", spec)
     (folder / "spec.json").write_text(json.dumps(spec))
+
+
+def _follow(subject: Subject, first: Path, second: Path) -> None:
+    """The job that works with what `first` left."""
+    spec = json.loads((first / "spec.json").read_text())
+    spec |= {"job": NEXT[subject.kind], "snapshot": str(second / "snapshots")}
+    meta = artefacts.read_meta(first / "out")
+    if subject.kind == "attack":
+        shutil.copyfile(first / "out" / "attack.safetensors", second / "in" / "attack.safetensors")
+        spec["attack_meta"] = meta["attack"]
+    else:
+        shutil.copyfile(first / "out" / "weights.safetensors", second / "in" / "weights.safetensors")
+        np.save(second / "in" / "x.npy", toys.clean_images().x.numpy())
+        if "rebuild" in meta:
+            spec["rebuild"] = {"weights": meta["rebuild"]}
+    (second / "spec.json").write_text(json.dumps(spec))
 
 
 def _repair(method: Any, into: Path, spec: dict[str, Any]) -> None:
