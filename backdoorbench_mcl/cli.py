@@ -8,12 +8,35 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import __version__
+from . import __version__, keeping
 from .errors import BbmclError, UserError
+from .flags import (
+    DEFAULT_RUNS,
+    Budget,
+    DataRoot,
+    Dataset,
+    DefenseSeeds,
+    Device,
+    DryRun,
+    Format,
+    FormatName,
+    Isolation,
+    Memory,
+    PageFormat,
+    Precision,
+    Preset,
+    Retry,
+    Runs,
+    Seeds,
+    Set,
+    Threads,
+    Timeout,
+    Workers,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,33 +56,6 @@ data_app = typer.Typer(
     help="Data sets: list them, check the prepared copies.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
-
-Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
-FormatName = Literal["table", "markdown", "latex", "csv", "json"]
-Format = Annotated[FormatName, typer.Option("--format", help="How to print the rows.")]
-PageFormat = Annotated[
-    Literal["table", "markdown", "latex", "csv", "json", "html"],
-    typer.Option("--format", help="How to print the rows; html writes a page."),
-]
-DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
-Dataset = Annotated[str, typer.Option(help="Data set.")]
-Seeds = Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")]
-DefenseSeeds = Annotated[str, typer.Option(help="Defense seeds.")]
-Preset = Annotated[str, typer.Option(help="What is done: paper, authors or clean.")]
-Budget = Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")]
-Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
-Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds that one job may take.")]
-Memory = Annotated[
-    float | None, typer.Option(envvar="BBMCL_MEMORY", metavar="GB", help="Memory that one job may hold.")
-]
-Isolation = Annotated[str, typer.Option(help="auto, landlock, process or inline.")]
-Retry = Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")]
-DEFAULT_RUNS = Path("bbmcl-runs")
 
 
 def _say(line: str) -> None:
@@ -356,42 +352,8 @@ def new(
     print(f"next: pip install -e '{into / f'bbmcl-{name}'}[test]' && bbmcl check {name}")
 
 
-@app.command()
-def export(
-    file: Annotated[Path, typer.Argument(help="The archive to write.")],
-    runs: Runs = DEFAULT_RUNS,
-    only: Annotated[
-        str | None,
-        typer.Option(metavar="KINDS", help="Only stages of these kinds, as in surrogate,train: the victims."),
-    ] = None,
-) -> None:
-    """Write all results of a runs folder into one archive."""
-    from . import archive, plan, runner
-    from .store import Store
-
-    kinds = None if only is None else [part.strip() for part in only.split(",")]
-    unknown = [kind for kind in kinds or () if kind not in get_args(plan.Kind)]
-    if unknown:
-        raise UserError(
-            f"--only {only!r}: {unknown[0]!r} is no kind of stage; there are {', '.join(get_args(plan.Kind))}"
-        )
-    runner.stored_rows(runs)
-    stages, rows = archive.export(Store(runs), file, kinds)
-    print(f"{file}: {stages} stages, {rows} rows")
-
-
-@app.command(name="import")
-def import_(
-    file: Annotated[Path, typer.Argument(help="An archive of bbmcl export.")], runs: Runs = DEFAULT_RUNS
-) -> None:
-    """Add the results of an archive to a runs folder."""
-    from . import archive
-    from .store import Store
-
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected an archive written by bbmcl export")
-    stages, rows = archive.load(Store(runs), file)
-    print(f"{runs}: {stages} new stages, {rows} new rows")
+app.command()(keeping.export)
+app.command(name="import")(keeping.import_)
 
 
 @data_app.command(name="list")

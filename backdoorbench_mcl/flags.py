@@ -1,0 +1,35 @@
+"""Options that several commands share: what they are called, what they say. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Runs = Annotated[Path, typer.Option(envvar="BBMCL_RUNS", metavar="DIR", help="Folder of results.", show_default=True)]
+FormatName = Literal["table", "markdown", "latex", "csv", "json"]
+Format = Annotated[FormatName, typer.Option("--format", help="How to print the rows.")]
+PageFormat = Annotated[
+    Literal["table", "markdown", "latex", "csv", "json", "html"],
+    typer.Option("--format", help="How to print the rows; html writes a page."),
+]
+DataRoot = Annotated[Path | None, typer.Option(envvar="BBMCL_DATA", metavar="DIR", help="Where data sets lie.")]
+Dataset = Annotated[str, typer.Option(help="Data set.")]
+Seeds = Annotated[str, typer.Option(help="Victim seeds: 0-2,7.")]
+DefenseSeeds = Annotated[str, typer.Option(help="Defense seeds.")]
+Preset = Annotated[str, typer.Option(help="What is done: paper, authors or clean.")]
+Budget = Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")]
+Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
+Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that one job may take.")]
+Memory = Annotated[
+    float | None, typer.Option(envvar="BBMCL_MEMORY", metavar="GB", help="Memory that one job may hold.")
+]
+Isolation = Annotated[str, typer.Option(help="auto, landlock, process or inline.")]
+Retry = Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")]
+DEFAULT_RUNS = Path("bbmcl-runs")
