@@ -12,25 +12,17 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from .artefacts import Artefacts, Damaged
 from .errors import UserError
+from .ledger import Ledger, cause
 from .rows import Row
-
-SCHEMA_VERSION = 1
-_TABLES = """
-CREATE TABLE IF NOT EXISTS stage (key TEXT PRIMARY KEY, kind TEXT NOT NULL, spec TEXT NOT NULL,
-    artefact TEXT NOT NULL, numerics TEXT NOT NULL, cost TEXT NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, n INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
-    log TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY (key, n));
-CREATE TABLE IF NOT EXISTS row (key TEXT PRIMARY KEY, state TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -58,84 +50,52 @@ class Claim:
 
 
 class Store:
-    """The runs folder. Raises UserError where it cannot be created, written or understood."""
+    """The runs folder. say: told in one line of what had to be repaired; by default a line on standard error.
 
-    def __init__(self, folder: Path) -> None:
+    Raises UserError where it cannot be created, written or understood.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
         self.folder = folder
         self.artefacts = Artefacts(folder / "artefacts")
         try:
             for sub in ("artefacts", "snapshots", "locks"):
                 (folder / sub).mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(folder / "store.sqlite", timeout=120, isolation_level=None)
-            self._db.execute("PRAGMA synchronous = FULL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise UserError(
-                    f"the runs folder {folder} was written by a newer bbmcl (schema {version}, this one knows "
-                    f"{SCHEMA_VERSION}); upgrade with pip, or name another folder with --runs"
-                )
-            if version < SCHEMA_VERSION:
-                self._db.executescript(_TABLES)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self.ledger = Ledger(folder, say or (lambda line: print(f"bbmcl: {line}", file=sys.stderr)))
             self.artefacts.sweep()
         except (OSError, sqlite3.Error) as error:
             raise UserError(
-                f"the runs folder {folder} cannot be used: {_cause(error)}; name another one with --runs"
+                f"the runs folder {folder} cannot be used: {cause(error)}; name another one with --runs"
             ) from error
 
     def close(self) -> None:
         """Close the database; further calls fail."""
-        self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise UserError(self._unwritable(error)) from error
-
-    def _unwritable(self, error: Exception) -> str:
-        return (
-            f"the runs folder {self.folder} cannot be written: {_cause(error)}; make room or name another folder "
-            "with --runs; what was finished is safe, the same command goes on from there"
-        )
+        self.ledger.close()
 
     # ------------------------------------------------------------ stages
 
     def stage(self, key: str) -> Stage | None:
         """The finished stage, or None. Its artefact is checked when it is opened."""
-        found = self._db.execute(
-            "SELECT key, kind, spec, artefact, numerics, cost FROM stage WHERE key = ?", (key,)
-        ).fetchone()
-        if found is None:
-            return None
-        key, kind, spec, artefact, numerics, cost = found
-        return Stage(key, kind, json.loads(spec), artefact, json.loads(numerics), json.loads(cost))
+        found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage WHERE key = ?", key)
+        return _stage(found[0]) if found else None
 
     def changes(self) -> int:
         """A number that changes when another driver has written."""
-        return int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        return int(self.ledger.read("PRAGMA data_version")[0][0])
 
     def stages(self) -> list[Stage]:
         """Every finished stage, oldest first."""
-        keys = [key for (key,) in self._db.execute("SELECT key FROM stage ORDER BY created, key")]
-        return [stage for stage in map(self.stage, keys) if stage is not None]
+        found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage ORDER BY created, key")
+        return [_stage(record) for record in found]
 
     def open(self, stage: Stage) -> Path:
         """The verified artefact of a stage. One that is damaged is forgotten, so that it is computed again: Damaged."""
         try:
             return self.artefacts.open(stage.artefact)
         except Damaged:
-            with self._transaction() as db:
-                db.execute("DELETE FROM stage WHERE artefact = ?", (stage.artefact,))
+            with self.ledger.transaction() as change:
+                for (key,) in change.read("SELECT key FROM stage WHERE artefact = ?", stage.artefact):
+                    change.change("forget", key)
             self.artefacts.drop(stage.artefact)
             raise
 
@@ -144,13 +104,13 @@ class Store:
 
         Artefacts stay: another stage may have the same.
         """
-        with self._transaction() as db:
+        with self.ledger.transaction() as change:
             doomed = [key]
             while doomed:
-                found = db.execute("SELECT artefact FROM stage WHERE key = ?", (doomed[0],)).fetchone()
-                db.execute("DELETE FROM stage WHERE key = ?", (doomed.pop(0),))
-                if found is not None:  # `numerics` names the artefacts of a stage's inputs
-                    users = db.execute("SELECT key FROM stage WHERE numerics LIKE ?", (f'%"{found[0]}"%',))
+                found = change.read("SELECT artefact FROM stage WHERE key = ?", doomed[0])
+                change.change("forget", doomed.pop(0))
+                for (artefact,) in found:  # `numerics` names the artefacts of a stage's inputs
+                    users = change.read("SELECT key FROM stage WHERE numerics LIKE ?", f'%"{artefact}"%')
                     doomed += [user for (user,) in users]
 
     def commit(self, stage: Stage, source: Path) -> Stage:
@@ -163,12 +123,11 @@ class Store:
         try:
             artefact = self.artefacts.add(source)
         except OSError as error:
-            raise UserError(self._unwritable(error)) from error
-        with self._transaction() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (stage.key, stage.kind, json.dumps(stage.spec, sort_keys=True), artefact,
-                 json.dumps(stage.numerics), json.dumps(stage.cost), time.time()),
+            raise UserError(self.ledger.unusable(error)) from error
+        with self.ledger.transaction() as change:
+            change.change(
+                "stage", stage.key, stage.kind, json.dumps(stage.spec, sort_keys=True), artefact,
+                json.dumps(stage.numerics), json.dumps(stage.cost), time.time(),
             )  # fmt: skip
         shutil.rmtree(self.snapshots(stage.key), ignore_errors=True)
         stored = self.stage(stage.key)
@@ -199,47 +158,40 @@ class Store:
                     pass
                 handle.close()  # the holder before us removed this file: lock its successor
         except OSError as error:
-            raise UserError(self._unwritable(error)) from error
+            raise UserError(self.ledger.unusable(error)) from error
 
     # ------------------------------------------------------------ attempts and rows
 
     def attempt(self, key: str, state: str, reason: str, log: str) -> None:
         """Record how one try at a stage or a cell ended."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO attempt SELECT ?, COALESCE(MAX(n), 0) + 1, ?, ?, ?, ? FROM attempt WHERE key = ?",
-                (key, state, reason, log, time.time(), key),
-            )
+        with self.ledger.transaction() as change:
+            ((last,),) = change.read("SELECT COALESCE(MAX(n), 0) FROM attempt WHERE key = ?", key)
+            change.change("attempt", key, last + 1, state, reason, log, time.time())
 
     def last_attempt(self, key: str) -> tuple[str, str, str] | None:
         """(state, reason, log) of the newest try at a stage, or None."""
-        found = self._db.execute(
-            "SELECT state, reason, log FROM attempt WHERE key = ? ORDER BY n DESC LIMIT 1", (key,)
-        ).fetchone()
-        return None if found is None else (found[0], found[1], found[2])
+        found = self.ledger.read("SELECT state, reason, log FROM attempt WHERE key = ? ORDER BY n DESC LIMIT 1", key)
+        return (found[0][0], found[0][1], found[0][2]) if found else None
 
     def put_row(self, row: Row) -> None:
         """Store the row of a cell, in place of an earlier one of the same key; what is measured outlives a failure."""
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO row VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET state = excluded.state, "
-                "data = excluded.data, created = excluded.created WHERE row.state != 'ok' OR excluded.state = 'ok'",
-                (row.key, row.state, json.dumps(row.as_dict()), time.time()),
-            )
+        with self.ledger.transaction() as change:
+            change.change("row", row.key, row.state, json.dumps(row.as_dict()), time.time())
 
     def row(self, key: str) -> Row | None:
         """The row of a cell, or None."""
-        found = self._db.execute("SELECT data FROM row WHERE key = ?", (key,)).fetchone()
-        return None if found is None else Row.from_dict(json.loads(found[0]))
+        found = self.ledger.read("SELECT data FROM row WHERE key = ?", key)
+        return Row.from_dict(json.loads(found[0][0])) if found else None
 
     def rows(self) -> list[Row]:
         """Every row, oldest first."""
-        found = self._db.execute("SELECT data FROM row ORDER BY created, key")
+        found = self.ledger.read("SELECT data FROM row ORDER BY created, key")
         return [Row.from_dict(json.loads(data)) for (data,) in found]
 
 
-def _cause(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+def _stage(record: tuple[Any, ...]) -> Stage:
+    key, kind, spec, artefact, numerics, cost = record
+    return Stage(key, kind, json.loads(spec), artefact, json.loads(numerics), json.loads(cost))
 
 
 __all__ = ["Claim", "Stage", "Store"]

@@ -387,7 +387,7 @@ def test_cached_images_that_are_gone_are_named(bench: Bench) -> None:
 @pytest.mark.parametrize("key", ["t" + "a" * 64, "p" + "a" * 64, "a" * 64])
 def test_a_stage_that_is_gone_is_said_and_other_victims_are_drawn(bench: Bench, key: str) -> None:
     bench.victim()
-    bench.store._db.execute("DELETE FROM stage WHERE key = ?", (key,))
+    bench.store.ledger._db.execute("DELETE FROM stage WHERE key = ?", (key,))
     refused(bench.draw(), "badnets, victim 0", "no longer stored", "bbmcl matrix")
     other = bench.victim("b" * 64, attack="blend")
     drawn = bench.draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -252,7 +253,7 @@ def test_observers_see_every_row_and_cannot_stop_the_run(
 
     runs, rows = finished
     store = Store(runs)
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         db.execute("DELETE FROM row")
     asked = small.resolve(small.options())
     seen: list[Row] = []
@@ -292,7 +293,7 @@ def test_a_store_that_fills_up_stops_with_one_line(tmp_path: Path, monkeypatch: 
 
     def commit(self: Store, *arguments: object) -> object:
         if stored.is_set():
-            raise UserError(self._unwritable(OSError(28, "No space left on device")))
+            raise UserError(self.ledger.unusable(OSError(28, "No space left on device")))
         stored.set()
         return original(self, *arguments)  # type: ignore[arg-type]
 
@@ -320,7 +321,7 @@ def test_a_repair_of_another_victim_is_not_compared_with_this_one(tmp_path: Path
     store = Store(runs)
     victim, repair = (next(s for s in store.stages() if s.kind == kind) for kind in ("train", "defend"))
     other = dict(repair.numerics["inputs"], victim="0" * 64)  # as if it came from a machine whose victim differs
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         db.execute("DELETE FROM row")
         db.execute(
             "UPDATE stage SET numerics = ? WHERE key = ?",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def again(runs: Path) -> list[Row]:
 
 def forget_rows(runs: Path) -> None:
     store = Store(runs)
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         db.execute("DELETE FROM row")
     store.close()
 
@@ -224,7 +225,7 @@ def test_too_few_labels_are_a_failed_cell(copied: Path) -> None:
 
     forget_rows(copied)
     store = Store(copied)
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         db.execute("DELETE FROM stage WHERE kind = 'predict'")
     store.close()
     rows = run_with(Script(write), copied)
@@ -272,7 +273,7 @@ def test_a_row_outlives_the_inversion_behind_it(copied: Path) -> None:
 def test_seconds_of_a_lost_stage_are_unknown_not_nought(copied: Path) -> None:
     forget_rows(copied)
     store = Store(copied)
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         db.execute("DELETE FROM stage WHERE kind = 'defend'")
     store.close()
     rows = again(copied)
@@ -295,7 +296,7 @@ def test_two_drivers_may_drop_one_damaged_artefact(copied: Path) -> None:
 def test_what_an_inverter_opened_marks_the_rows_that_rely_on_it(copied: Path) -> None:
     forget_rows(copied)
     store = Store(copied)
-    with store._transaction() as db:
+    with sqlite3.connect(store.folder / "store.sqlite") as db:
         for key, numerics in db.execute("SELECT key, numerics FROM stage WHERE kind = 'invert'").fetchall():
             loose = {**json.loads(numerics), "isolation": "inline", "strays": ["/secret"]}
             db.execute("UPDATE stage SET numerics = ? WHERE key = ?", (json.dumps(loose), key))
