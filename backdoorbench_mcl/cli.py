@@ -56,6 +56,7 @@ data_app = typer.Typer(
     help="Data sets: list them, check the prepared copies.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
+app.add_typer(keeping.store_app, name="store")
 
 
 def _say(line: str) -> None:

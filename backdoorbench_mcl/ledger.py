@@ -141,6 +141,15 @@ class Ledger:
             f"{safe}"
         )
 
+    def compact(self) -> None:
+        """Free what forgotten records took. Only for who is `alone`. Raises UserError."""
+        try:
+            _rewrite(self.folder / JOURNAL, self._db)
+            _note(self._db, _size(self.folder / JOURNAL))
+            self._db.execute("VACUUM")
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(self.unusable(error)) from error
+
     def _journal(self, changes: Sequence[Sequence[Any]]) -> None:
         """Write changes behind the others; within a transaction, which keeps others away."""
         if not changes:

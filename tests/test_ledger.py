@@ -241,18 +241,17 @@ time.sleep(60)
 def test_a_database_that_stays_locked_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, access: str) -> None:
     runs = filled(tmp_path)
     monkeypatch.setattr(ledger, "PATIENCE", 0.2)
-    store = None if access == "open" else Store(runs)
+    store = Store(runs)
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(runs / DATABASE)], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        use: Mapping[str, Callable[[], object]] = {
-            "open": lambda: Store(runs), "read": lambda: store and store.rows(),
-            "write": lambda: store and store.put_row(row(70)),
+        use: Mapping[str, Callable[[Store], object]] = {
+            "open": lambda store: Store(store.folder), "read": Store.rows, "write": lambda store: store.put_row(row(70)),
         }  # fmt: skip
         with pytest.raises(UserError, match=r"another process has kept .* locked for 0\.2 s; end that one"):
-            use[access]()
+            use[access](store)
         other.kill()
     again = Store(runs, pytest.fail)
     again.put_row(row(70))
