@@ -248,7 +248,8 @@ def test_a_database_that_stays_locked_is_one_line(tmp_path: Path, monkeypatch: p
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         use: Mapping[str, Callable[[Store], object]] = {
-            "open": lambda store: Store(store.folder), "read": Store.rows, "write": lambda store: store.put_row(row(70)),
+            "open": lambda store: Store(store.folder), "read": Store.rows,
+            "write": lambda store: store.put_row(row(70)),
         }  # fmt: skip
         with pytest.raises(UserError, match=r"another process has kept .* locked for 0\.2 s; end that one"):
             use[access](store)

@@ -36,5 +36,6 @@ def bbmcl_defenses() -> list[Entry]:
         Entry("needy", "bbmcl_toy_methods:Needy", "looks at what it needs", may_know=("target",)),
         Entry("masker", "bbmcl_toy_methods:Masker", "cuts channels"),
         Entry("wary", "bbmcl_toy_methods:Wary", "looks at the suspect training set", may_know=("suspect",)),
+        Entry("snoop", "bbmcl_toy_snoop:Snoop", "searches for what it should not have"),
         Entry("offender", "bbmcl_toy_methods:Offender", "fails in the way that it is told"),
     ]
