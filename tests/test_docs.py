@@ -263,8 +263,9 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"version = {{{backdoorbench_mcl.__version__}}}" in page
 
 
-def test_the_tests_that_the_threat_model_names_exist() -> None:
-    page = (DOCS / "threat-model.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["threat-model.md", "faults.md"])
+def test_the_tests_that_a_page_names_exist(name: str) -> None:
+    page = (DOCS / name).read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", page))
     assert len(named) > 15
     for file, test in named:
