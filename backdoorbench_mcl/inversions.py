@@ -58,8 +58,11 @@ def _context(job: Job, name: str, label: int | None = None) -> api.InverterConte
     if "attack" in job.spec:
         state, attack = attack_state(job), job.spec["attack"]
         granted["trigger"] = api.TrueTrigger(attack["target"], attack["params"], state.tensors, state.meta)
+    own = job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}")
+    if label is not None:  # or the curves of two searches would be one
+        own["record"] = lambda curve, step, value: job.record(f"{curve}, label {label}", step, value)
     return api.InverterContext(
-        **job.context(job.rng("invert"), recipe, "" if label is None else f"label-{label}"),
+        **own,
         clean=job.clean(),
         needs={name: found if label is None else found[label] for name, found in job.needs().items()},
         granted=api.Granted(name, granted),

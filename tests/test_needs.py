@@ -8,18 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import torch
 from helpers import MemorySnapshot, make_context
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny import Tiny, images
 
 from backdoorbench_mcl import artefacts, plan, runner
 from backdoorbench_mcl.api import Inverter, InverterContext, Need
 from backdoorbench_mcl.describe import _need
 from backdoorbench_mcl.errors import PluginError, UserError
-from backdoorbench_mcl.inversions import _Search
+from backdoorbench_mcl.inversions import _context, _Search
+from backdoorbench_mcl.job import Job
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -326,3 +328,19 @@ def test_triggers_stored_before_they_had_a_module_of_their_own_are_found() -> No
     from backdoorbench_mcl import api
 
     assert api.MaskPattern is MaskPattern
+
+
+def test_the_searches_of_several_labels_have_curves_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(
+        {"x": np.zeros((2, 3, 8, 8), np.uint8), "y": np.zeros(2, np.int64)}, tmp_path / "in" / "clean.safetensors"
+    )
+    recipe = {"target": "backdoorbench_mcl.api:Recipe", "kind": "recipe", "suffix": "", "params": {"augment": "none"}}
+    spec = {
+        "recipe": recipe, "seeds": {"invert": 1}, "data": {"classes": 4, "flip_ok": True}, "device": "cpu",
+        "snapshot": str(tmp_path), "snapshot_every": 2.0,
+    }  # fmt: skip
+    job = Job(tmp_path, spec, lambda done, total, images: None)
+    for label, value in ((3, 1.0), (5, 2.0), (None, 4.0)):
+        _context(job, "nc-full", label).record("mask L1", 1, value)
+    assert job.curves == {"mask L1, label 3": [(1, 1.0)], "mask L1, label 5": [(1, 2.0)], "mask L1": [(1, 4.0)]}
