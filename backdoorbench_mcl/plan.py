@@ -18,9 +18,9 @@ from .request import BEFORE, CONTROL, Request, labels_used, wanted_by
 from .rows import Row
 
 Kind = Literal["surrogate", "train", "suspect", "trial", "verdict", "invert", "defend", "retune", "predict", "embed"]
-_REMAINING: Mapping[Kind, int] = {
-    "surrogate": 6, "train": 5, "suspect": 4, "trial": 4, "verdict": 4, "invert": 3, "defend": 2, "retune": 2,
-    "predict": 1, "embed": 0,
+_TURN: Mapping[Kind, int] = {  # first what takes seconds and ends a cell, then what has most work behind it
+    "predict": 0, "surrogate": 1, "train": 2, "suspect": 3, "trial": 3, "verdict": 3, "invert": 4, "defend": 5,
+    "retune": 5, "embed": 6,
 }  # fmt: skip
 NEED = "need-"  # role of an input that a method asked for, with the method's name for it
 
@@ -54,8 +54,11 @@ class Node:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Among ready stages the one with most work behind it goes first; ties in the order of the table."""
-        return (-_REMAINING[self.kind], self.order)
+        """Which of the ready stages goes first: by `_TURN`, then in the order of the table.
+
+        A cell is judged as soon as it is repaired, so that a run that is stopped half-way has half of its rows.
+        """
+        return (_TURN[self.kind], self.order)
 
 
 @dataclass(frozen=True)

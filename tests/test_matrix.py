@@ -151,6 +151,15 @@ def test_a_new_defense_reuses_the_victims(finished: tuple[Path, list[Row]]) -> N
     assert by_label(rows)["badnets", "same"].der == 50
 
 
+def test_a_cell_is_judged_before_the_next_one_is_repaired(tmp_path: Path) -> None:
+    """A run that is stopped half-way has half of its rows, not half of the work behind each."""
+    runs = tmp_path / "runs"
+    one = small.options(attacks="badnets", defenses="same", defense_seeds="0-3")
+    runner.run_matrix(one, Settings(runs=runs, workers=1, threads=1), live=False)
+    kinds = [stage.kind for stage in Store(runs).stages()]
+    assert kinds == ["train", "trial", "predict", *["defend", "predict"] * 4]
+
+
 def test_a_weak_victim_stops_its_line(tmp_path: Path) -> None:
     weak = small.options(attacks="badnets(rate=0.001)", defenses="ft,same")
     rows = runner.run_matrix(weak, Settings(runs=tmp_path / "runs"), live=False)
