@@ -69,15 +69,16 @@ class Transaction:
 
 
 class Ledger:
-    """Database and journal in `folder`, which exists. say: told in one line of what had to be repaired.
+    """Database and journal in `folder`, which exists. say: told in one line of what had to be repaired; readonly:
+    nothing is repaired.
 
     Raises UserError where they cannot be used.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None], readonly: bool = False) -> None:
         self.folder = folder
         self.say = say
-        self.writable = os.access(folder, os.W_OK)
+        self.writable = not readonly and os.access(folder, os.W_OK)
         self._lock: IO[bytes] | None = None
         if self.writable:
             self._lock = (folder / LOCK).open("wb")

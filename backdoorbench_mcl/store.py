@@ -51,21 +51,26 @@ class Claim:
 
 class Store:
     """The runs folder. say: told in one line of what had to be repaired; by default a line on standard error.
+    readonly: for one that must stay as it is, to the last byte; it must exist, and damage is told but not cleared.
 
     Raises UserError where it cannot be created, written or understood.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] | None = None, *, readonly: bool = False) -> None:
         self.folder = folder
+        self.readonly = readonly
         self.artefacts = Artefacts(folder / "artefacts")
         try:
-            for sub in ("artefacts", "snapshots", "locks"):
+            for sub in () if readonly else ("artefacts", "snapshots", "locks"):
                 (folder / sub).mkdir(parents=True, exist_ok=True)
-            self.ledger = Ledger(folder, say or (lambda line: print(f"bbmcl: {line}", file=sys.stderr)))
-            self.artefacts.sweep()
+            self.ledger = Ledger(folder, say or (lambda line: print(f"bbmcl: {line}", file=sys.stderr)), readonly)
+            if not readonly:
+                self.artefacts.sweep()
         except (OSError, sqlite3.Error) as error:
+            # what a killed driver left half written is put back by whoever may write
+            remedy = "if a run was killed there, bbmcl report puts it right; or " if readonly else ""
             raise UserError(
-                f"the runs folder {folder} cannot be used: {cause(error)}; name another one with --runs"
+                f"the runs folder {folder} cannot be used: {cause(error)}; {remedy}name another one with --runs"
             ) from error
 
     def close(self) -> None:
@@ -93,6 +98,8 @@ class Store:
         try:
             return self.artefacts.open(stage.artefact)
         except Damaged:
+            if self.readonly:
+                raise
             with self.ledger.transaction() as change:
                 for (key,) in change.read("SELECT key FROM stage WHERE artefact = ?", stage.artefact):
                     change.change("forget", key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -233,3 +234,37 @@ def test_no_archive_at_all(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_text("hello")
     with pytest.raises(UserError, match="no bbmcl archive"):
         archive.load(Store(tmp_path / "runs"), tmp_path / "x.tar")
+
+
+def test_a_store_opened_for_reading_stays_as_it_is(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    store.attempt("key", "failed", "a reason", "a log")
+    store.close()
+    for folder in ("artefacts", "snapshots", "locks"):
+        shutil.rmtree(tmp_path / "runs" / folder)
+    before = (tmp_path / "runs" / "store.sqlite").read_bytes()
+    store = Store(tmp_path / "runs", readonly=True)
+    assert store.last_attempt("key") == ("failed", "a reason", "a log")
+    with pytest.raises(UserError, match="readonly"):
+        store.attempt("key", "failed", "another", "")
+    store.close()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"store.sqlite", "store.journal"}
+    assert (tmp_path / "runs" / "store.sqlite").read_bytes() == before
+    with pytest.raises(UserError, match="cannot be used"):
+        Store(tmp_path / "absent", readonly=True)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_what_a_killed_driver_left_half_written_is_put_right_by_who_may_write(tmp_path: Path) -> None:
+    Store(tmp_path / "runs").close()
+    db = sqlite3.connect(tmp_path / "runs" / "store.sqlite", isolation_level=None)
+    db.execute("PRAGMA cache_size = 1")  # pages reach the file before the transaction ends
+    db.execute("BEGIN IMMEDIATE")
+    for i in range(300):
+        db.execute("INSERT INTO attempt VALUES (?, 1, 'failed', ?, '', 0)", (str(i), "x" * 500))
+    shutil.copytree(tmp_path / "runs", tmp_path / "killed")
+    db.close()
+    with pytest.raises(UserError, match="if a run was killed there, bbmcl report puts it right"):
+        Store(tmp_path / "killed", readonly=True)
+    Store(tmp_path / "killed").close()
+    assert Store(tmp_path / "killed", readonly=True).last_attempt("0") is None
