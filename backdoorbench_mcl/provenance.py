@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from . import __version__
 
 DISTRIBUTIONS = ("torch", "torchvision", "numpy", "pluggy", "pydantic", "safetensors")
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # variables that choose how numbers are added up
 CPUINFO = Path("/proc/cpuinfo")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -82,6 +83,11 @@ def machine_class(device: str = "cpu", cpuinfo: Path = CPUINFO) -> str:
     return "/".join(["-".join(words), _VENDORS.get(vendor, vendor.lower() or "unknown"), device])
 
 
+def kernels(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables `KERNELS` that are set: with others, a machine of the same class gives other bits."""
+    return {name: environment[name] for name in KERNELS if name in environment}
+
+
 def gpus(root: Path = GPUS) -> list[str]:
     """Model names of the NVIDIA GPUs that the driver lists, in its order; empty without a driver."""
     names = []
@@ -108,6 +114,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus(),
         "machine_class": machine_class(),
         "bf16": supports_bf16(),
+        "kernels": kernels(),
         "git": _git(Path(__file__).resolve().parent.parent),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -170,4 +177,4 @@ def _read(path: Path) -> str:
         return ""
 
 
-__all__ = ["collect", "cores", "gpus", "machine_class", "supports_bf16", "versions"]
+__all__ = ["KERNELS", "collect", "cores", "gpus", "kernels", "machine_class", "supports_bf16", "versions"]

@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pinned
 import pytest
-import recording
 import small
 from conftest import Reference
 
+from backdoorbench_mcl import provenance, recording
 from backdoorbench_mcl.errors import UserError
 
-POINTS = {"asr": 10.0, "ba": 5.0, "tca": 15.0}
 WIDE = {"asr": 100.0, "ba": 100.0, "tca": 100.0}
 
 
@@ -128,7 +128,7 @@ def test_cells_that_come_and_go_are_named(made: dict[str, Any]) -> None:
 
 
 def test_with_pinned_kernels_the_level_of_the_processor_does_not_matter(made: dict[str, Any]) -> None:
-    for kernels, expected in ((dict.fromkeys(recording.KERNELS, "avx2"), True), ({"MKL_CBWR": "AVX2"}, False)):
+    for kernels, expected in ((dict.fromkeys(provenance.KERNELS, "avx2"), True), ({"MKL_CBWR": "AVX2"}, False)):
         old, new = copy.deepcopy(made), copy.deepcopy(made)
         for one, machine in ((old, "x86_64-v3/amd/cpu"), (new, "x86_64-v4-bf16/amd/cpu")):
             one["made"] |= {"kernels": kernels, "machine_class": machine}
@@ -166,7 +166,7 @@ def test_elsewhere_a_repair_that_drifts_names_the_versions_of_the_repair(
     made: dict[str, Any], elsewhere: dict[str, Any]
 ) -> None:
     cell(elsewhere, "blend 0 x mcldef 0")["ba_k"] = 0
-    (line,) = recording.drift(made, elsewhere, POINTS)
+    (line,) = recording.drift(made, elsewhere, recording.POINTS)
     assert line.startswith("blend 0 x mcldef 0: BA ")
     assert "if this is no rounding, the version should rise of " in line
     assert "backdoorbench-mcl/mcldef version 1" in line
@@ -179,7 +179,7 @@ def test_elsewhere_a_victim_that_drifts_is_the_cause_of_what_its_repairs_show(
 ) -> None:
     for name in ("blend 0 x before", "blend 0 x ft 0"):
         cell(elsewhere, name)["ba_k"] = 0
-    lines = recording.drift(made, elsewhere, POINTS)
+    lines = recording.drift(made, elsewhere, recording.POINTS)
     assert [line.partition(":")[0] for line in lines] == ["blend 0 x before", "blend 0 x ft 0"]
     for line in lines:
         assert "backdoorbench-mcl/blend version 1" in line
@@ -189,7 +189,7 @@ def test_elsewhere_a_victim_that_drifts_is_the_cause_of_what_its_repairs_show(
 def test_elsewhere_a_version_that_rose_asks_for_a_new_baseline(made: dict[str, Any], elsewhere: dict[str, Any]) -> None:
     raise_version(elsewhere)
     cell(elsewhere, "badnets 0 x ft 0")["ba_k"] = 0
-    (line,) = recording.drift(made, elsewhere, POINTS)
+    (line,) = recording.drift(made, elsewhere, recording.POINTS)
     assert "ft version 2" in line
     assert "record the baseline again" in line
     assert "should rise" not in line
@@ -229,16 +229,16 @@ def test_a_cell_without_asr_can_drift(made: dict[str, Any]) -> None:
 
 def test_a_pinned_matrix_is_computed_where_nothing_is_stored(tmp_path: Path) -> None:
     default = tmp_path / "fresh"
-    assert recording.fresh({"BBMCL_RUNS": str(tmp_path)}, default) == default
-    assert recording.fresh({"BBMCL_REGRESS_RUNS": ""}, default) == default
+    assert pinned.fresh({"BBMCL_RUNS": str(tmp_path)}, default) == default
+    assert pinned.fresh({"BBMCL_REGRESS_RUNS": ""}, default) == default
     for empty in ("absent", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        assert recording.fresh({"BBMCL_REGRESS_RUNS": str(tmp_path / empty)}, default) == tmp_path / empty
+        assert pinned.fresh({"BBMCL_REGRESS_RUNS": str(tmp_path / empty)}, default) == tmp_path / empty
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "store.sqlite").touch()
     for used in ("used", "used/store.sqlite"):
         with pytest.raises(UserError, match="expected an empty or absent folder") as told:
-            recording.fresh({"BBMCL_REGRESS_RUNS": str(tmp_path / used)}, default)
+            pinned.fresh({"BBMCL_REGRESS_RUNS": str(tmp_path / used)}, default)
         assert str(tmp_path / used) in str(told.value)
 
 

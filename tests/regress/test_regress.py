@@ -13,17 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pinned
 import pytest
-import recording
 
-from backdoorbench_mcl import presets
+from backdoorbench_mcl import presets, recording
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.request import Options
 
 HERE = Path(__file__).resolve().parent
 PINNED, BASELINE = HERE / "pinned.toml", HERE / "baseline.json"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
-POINTS = {"asr": 10.0, "ba": 5.0, "tca": 15.0}  # by which another machine class may differ; TCA is of 100 images
 
 pytestmark = [
     pytest.mark.skipif("BBMCL_REGRESS" not in os.environ, reason="takes minutes; run it with: tox -e regress"),
@@ -41,7 +40,7 @@ def options() -> Options:
 
 def test_nothing_has_drifted(tmp_path: Path) -> None:
     try:
-        runs = recording.fresh(os.environ, tmp_path / "runs")
+        runs = pinned.fresh(os.environ, tmp_path / "runs")
     except UserError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
     command = [sys.executable, "-m", "backdoorbench_mcl.cli", "matrix", "--config", str(PINNED), "--runs", str(runs)]
@@ -53,8 +52,8 @@ def test_nothing_has_drifted(tmp_path: Path) -> None:
         BASELINE.write_text(json.dumps(now, indent=1) + "\n")
         return
     baseline = json.loads(BASELINE.read_text())
-    allowed = ", ".join(f"{points:g} points of {name.upper()}" for name, points in POINTS.items())
+    allowed = ", ".join(f"{points:g} points of {name.upper()}" for name, points in recording.POINTS.items())
     how = "bit for bit" if recording.exact(baseline, now) else f"within {allowed}"
-    lines = recording.drift(baseline, now, POINTS)
+    lines = recording.drift(baseline, now, recording.POINTS)
     print(f"compared {how} with a run on {baseline['made']['processor']}, {baseline['made']['machine_class']}")
     assert not lines, "\n" + "\n".join(lines)

@@ -1,4 +1,6 @@
-"""What a pinned matrix computed, as a file that a later run is compared with: counts of cells, bytes of stages.
+"""What cells came to, in a form that a later computation is compared with: counts of cells, bytes of stages.
+
+`bbmcl verify` compares stored cells, `tox -e regress` those of a pinned matrix with a file. Free of torch.
 
 A stage's key is a hash of everything that ought to decide its result (methods with their versions and parameters, data,
 seeds, precision, earlier stages), so an equal key with other bytes is a drift that nobody declared. Between machine
@@ -12,86 +14,83 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backdoorbench_mcl import evaluate, plan, provenance, request, runner
-from backdoorbench_mcl.errors import UserError
-from backdoorbench_mcl.registry import cache_folder
-from backdoorbench_mcl.rows import Row
-from backdoorbench_mcl.store import Stage, Store
+from . import evaluate, plan, provenance, request, runner
+from .registry import DIST, cache_folder
+from .rows import Row
+from .store import Stage, Store
 
 COUNTS = ("asr_k", "ba_k", "tca_k", "ftr_k", "ra_k")
-KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")  # variables that choose how numbers are added up
-
-
 SHARES = ("asr", "ba", "tca")  # in percent, with counts `_k` of `_n`
-RUNS = "BBMCL_REGRESS_RUNS"
+# by how many points another machine class may move a share; TCA of the regression matrix is of 100 images
+POINTS: Mapping[str, float] = {"asr": 10.0, "ba": 5.0, "tca": 15.0}
 
 Recording = Mapping[str, Any]  # "made", "stages", "cells": JSON-ready
-
-
-def fresh(environment: Mapping[str, str], default: Path) -> Path:
-    """The runs folder of a pinned matrix: what `RUNS` names, else `default`; never one that holds anything.
-
-    A stored stage is not computed again, so that with stored ones a comparison says nothing. Raises UserError.
-    """
-    runs = Path(environment.get(RUNS) or default)
-    if runs.is_file() or (runs.is_dir() and any(runs.iterdir())):
-        raise UserError(f"{RUNS}={runs}: expected an empty or absent folder, for what is stored would not be computed")
-    return runs
 
 
 def record(options: request.Options, runs: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     """The stages and cells of a finished run of `options` in `runs`.
 
-    environment: of the run's processes, of which `KERNELS` are kept.
+    environment: of the run's processes, of which `provenance.KERNELS` are kept.
     """
     known = runner.registry()
     graph = plan.build(request.resolve(options, known, runner.prepare_data(known, cache_folder())))
     store = Store(runs)
     try:
         rows = {row.key: row for row in store.rows()}
-        stages = [_stage(node, found) for node in graph.nodes.values() if (found := store.stage(node.key)) is not None]
+        stages = [
+            of_stage(node, found) for node in graph.nodes.values() if (found := store.stage(node.key)) is not None
+        ]
     finally:
         store.close()
     collected = provenance.collect()
     return {
         "made": {
             **{name: collected[name] for name in ("machine_class", "processor", "versions")},
-            "kernels": {name: environment[name] for name in KERNELS if name in environment},
+            "kernels": provenance.kernels(environment),
         },
         "stages": stages,
-        "cells": [_cell(cell, rows[cell.key]) for cell in graph.cells],
+        "cells": [of_cell(cell, rows[cell.key]) for cell in graph.cells],
     }
 
 
-def _stage(node: plan.Node, stage: Stage) -> dict[str, Any]:
+def of_stage(node: plan.Node, stage: Stage) -> dict[str, Any]:
+    """A finished stage: what it is, what it was made from, the name of what it made."""
     methods = sorted({f"{method.full_name} version {method.version}" for method in node.methods.values()})
     return {"title": node.title, "kind": node.kind, "key": node.key, "artefact": stage.artefact, "methods": methods,
             "inputs": sorted(set(node.inputs.values()))}  # fmt: skip
 
 
-def _cell(cell: plan.Cell, row: Row) -> dict[str, Any]:
+def of_cell(cell: plan.Cell, row: Row) -> dict[str, Any]:
+    """A finished cell: its counts, and the stages that it and what stands beside its score rest on."""
     counts = {name: getattr(row, name) for name in (*COUNTS, *(f"{share}_n" for share in SHARES))}
-    name = f"{row.attack} {row.victim_seed} x {row.defense}" + (f" {row.defense_seed}" if cell.after else "")
-    return {"cell": name, "key": cell.key, "state": row.state, "reason": row.reason, "gate": row.gate, **counts,
-            "stages": [cell.before, *([cell.after] if cell.after else [])]}  # fmt: skip
+    kept = {name: getattr(row, name) for name in ("state", "reason", "gate")}
+    return {"cell": cell_name(row), "key": cell.key, **kept, **counts,
+            "stages": [cell.before, *([cell.after] if cell.after else []), *cell.extras.values()]}  # fmt: skip
+
+
+def cell_name(row: Row) -> str:
+    """Example: `badnets 0 x ft 0`"""
+    draw = "" if row.defense_seed is None else f" {row.defense_seed}"
+    return f"{row.attack} {row.victim_seed} x {row.defense}{draw}"
+
+
+def where(made: Recording) -> dict[str, Any]:
+    """What decides the last bits: machine class, kernels, libraries; equal ones must agree bit for bit.
+
+    made: "machine_class", "kernels" and "versions". With all `provenance.KERNELS` given, processors of one maker and
+    architecture are one class, whatever their level: measured with AVX2 kernels, fp32, on AMD EPYC of the first and the
+    fourth generation (badnets and ft on `shapes`, n = 1).
+    """
+    machine = made["machine_class"]
+    if set(made["kernels"]) == set(provenance.KERNELS):  # what else the processor could do is not used
+        machine = re.sub(r"^(x86_64|amd64)-[^/]*", r"\1", machine)
+    libraries = {library: number for library, number in made["versions"].items() if library != DIST}
+    return {"machine": machine, "kernels": made["kernels"], **libraries}
 
 
 def exact(old: Recording, new: Recording) -> bool:
-    """Whether the two must agree bit for bit: one machine class, the same kernels, the same libraries.
-
-    With all `KERNELS` given, processors of one maker and architecture are one class, whatever their level: measured
-    with AVX2 kernels, fp32, on AMD EPYC of the first and the fourth generation (badnets and ft on `shapes`, n = 1).
-    """
-
-    def where(recording: Recording) -> Any:
-        made = recording["made"]
-        versions = {name: number for name, number in made["versions"].items() if name != "backdoorbench-mcl"}
-        machine = made["machine_class"]
-        if set(made["kernels"]) == set(KERNELS):  # what else the processor could do is not used
-            machine = re.sub(r"^(x86_64|amd64)-[^/]*", r"\1", machine)
-        return machine, made["kernels"], versions
-
-    return bool(where(old) == where(new))
+    """Whether the two must agree bit for bit."""
+    return where(old["made"]) == where(new["made"])
 
 
 def drift(old: Recording, new: Recording, points: Mapping[str, float]) -> list[str]:
@@ -108,7 +107,7 @@ def drift(old: Recording, new: Recording, points: Mapping[str, float]) -> list[s
     if not exact(old, new):
         return lines + _far_apart(both, before, after, points)
     for was, now in both:
-        moved = [] if _values(was) == _values(now) else [f"{_shown(was)} -> {_shown(now)}"]
+        moved = [] if values(was) == values(now) else [f"{_shown(was)} -> {_shown(now)}"]
         causes = list(_causes(was, now, before, after))
         if causes or moved:
             lines.append(f"{was['cell']}: {'; '.join([*(moved or ['the same counts']), *causes])}")
@@ -128,13 +127,19 @@ def _causes(
         return
     if was["key"] != now["key"]:
         yield f"scored otherwise (evaluator version {evaluate.EVALUATOR_VERSION}): record the baseline again"
-    parted = {key for key in before if key in after and before[key]["artefact"] != after[key]["artefact"]}
-    for stage in _behind(now["stages"], after):
-        if stage["key"] in parted and not parted & set(stage["inputs"]):
-            methods = " or ".join(stage["methods"])
-            yield f"{stage['title']}: other bytes under the same key, so the version should rise of {methods}"
-    if was["key"] == now["key"] and not parted and _values(was) != _values(now):
+    first = parted(now, before, after)
+    for stage in first:
+        methods = " or ".join(stage["methods"])
+        yield f"{stage['title']}: other bytes under the same key, so the version should rise of {methods}"
+    if was["key"] == now["key"] and not first and values(was) != values(now):
         yield f"scored otherwise under evaluator version {evaluate.EVALUATOR_VERSION}, which should rise"
+
+
+def parted(cell: Recording, before: Mapping[str, Recording], after: Mapping[str, Recording]) -> list[Recording]:
+    """The earliest stages behind a cell that have other bytes under the same key. before, after: stages by key."""
+    other = {key for key in before if key in after and before[key]["artefact"] != after[key]["artefact"]}
+    behind = _behind(cell["stages"], after)
+    return [stage for stage in behind if stage["key"] in other and not other & set(stage["inputs"])]
 
 
 def _declared(
@@ -169,7 +174,8 @@ def _behind(keys: list[str], stages: Mapping[str, Recording]) -> list[Recording]
     return list(out.values())
 
 
-def _values(cell: Recording) -> list[Any]:
+def values(cell: Recording) -> list[Any]:
+    """What two computations of a cell must agree in."""
     return [cell[name] for name in ("state", "reason", "gate", *COUNTS)]
 
 
@@ -194,7 +200,7 @@ def _far_apart(
     points: Mapping[str, float],
 ) -> list[str]:  # fmt: skip
     """A line for each cell that differs by more than another machine class explains, with what may be its cause."""
-    moved = [(was, now, what) for was, now in both if (what := "; ".join(_far(was, now, points)))]
+    moved = [(was, now, what) for was, now in both if (what := "; ".join(far(was, now, points)))]
     victims = {now["stages"][0] for _, now, _ in moved if len(now["stages"]) == 1}  # those that moved themselves
     lines = []
     for was, now, what in moved:
@@ -210,7 +216,7 @@ def _far_apart(
     return lines
 
 
-def _far(was: Recording, now: Recording, points: Mapping[str, float]) -> Iterator[str]:
+def far(was: Recording, now: Recording, points: Mapping[str, float]) -> Iterator[str]:
     """What differs by more than another machine class explains."""
     if was["state"] != now["state"]:
         yield f"{_shown(was)} -> {_shown(now)}"
@@ -225,4 +231,22 @@ def _far(was: Recording, now: Recording, points: Mapping[str, float]) -> Iterato
             yield f"{name.upper()} {old:.2f} -> {new:.2f}, more than {points[name]:g} points apart"
 
 
-__all__ = ["COUNTS", "KERNELS", "RUNS", "SHARES", "Recording", "drift", "exact", "fresh", "record"]
+def moved(was: Recording, now: Recording) -> Iterator[str]:
+    """What differs between two computations of a cell, however little. Example: `ASR 3.21 -> 3.40`"""
+    if was["state"] != now["state"]:
+        yield f"{was['state']} -> {_shown(now)}"
+        return
+    if was["gate"] != now["gate"]:
+        yield f"gate {was['gate']!r} -> {now['gate']!r}"
+    for count in COUNTS:
+        share = count.removesuffix("_k")
+        if was[count] != now[count] and share in SHARES:
+            yield f"{share.upper()} {_text(_percent(was, share))} -> {_text(_percent(now, share))}"
+        elif was[count] != now[count]:
+            yield f"{count} {was[count]} -> {now[count]}"
+
+
+__all__ = [
+    "COUNTS", "POINTS", "SHARES", "Recording", "cell_name", "drift", "exact", "far", "moved", "of_cell", "of_stage",
+    "parted", "record", "values", "where",
+]  # fmt: skip
