@@ -26,7 +26,7 @@ from backdoorbench_mcl.report.drill import Drill
 from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.rows import Row
-from backdoorbench_mcl.store import Stage
+from backdoorbench_mcl.store import Stage, Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
@@ -228,8 +228,29 @@ def test_a_finished_matrix_shows_its_triggers_curves_and_confusion(
     confusion = found.data["confusions"][run["confusion"]]
     assert sum(count for _, count in confusion["target"]) == run_count(rows, "tca_n")
     assert sum(count for _, count in confusion["fired"]) == run_count(rows, "asr_n")
-    assert "torch" in found.data["provenance"][run["provenance"]]["versions"]
+    made = found.data["provenance"][run["provenance"]]
+    assert "torch" in made["versions"]
+    assert made["precision"] in ("fp32", "bf16")
+    assert made["machine"].endswith("/cpu")
+    assert {"versions", "processor", "git", "command", "kernels"} <= made["origin"].keys()
+    assert "victim" not in made  # by the same run
     assert len(found.data["images"]) == 8  # of two victims and two inversions, each once
+
+
+def test_a_victim_that_another_run_made_is_told_apart(reference: Reference) -> None:
+    class Elsewhere(Store):
+        def stage(self, key: str) -> Stage | None:
+            found = super().stage(key)
+            assert found is not None
+            return replace(found, numerics={**found.numerics, "machine": "far"}) if found.kind == "train" else found
+
+    drill = Drill(Elsewhere(reference.runs, readonly=True), None)
+    row = next(row for row in reference.rows if row.defense == "ft")
+    drill.place(row)
+    (made,) = drill.data()[0]["provenance"]
+    assert made["victim"]["machine"] == "far"
+    assert made["victim"]["origin"] == made["origin"]
+    assert "repair" not in made
 
 
 def run_count(rows: list[Row], name: str) -> int:

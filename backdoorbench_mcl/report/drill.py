@@ -133,10 +133,15 @@ class Drill:
             "versions": dict(row.versions), "device": row.device, "precision": row.precision, "threads": row.threads,
             "isolation": row.isolation,
         }  # fmt: skip
-        stage = self.store.stage(row.stages["predict"]) if self.store and "predict" in row.stages else None
-        if stage is not None:
-            found.update({name: stage.numerics[name] for name in ("machine", "origin") if name in stage.numerics})
-        return found
+        judged, victim, repair = (self._made(row, kind) for kind in ("predict", "model", "defend"))
+        others = {name: made for name, made in (("victim", victim), ("repair", repair)) if made and made != judged}
+        return {**found, **judged, **others}  # what another run made, perhaps elsewhere, is told apart
+
+    def _made(self, row: Row, kind: str) -> dict[str, Any]:
+        """Where, by what command and from which commit a stage of a row was made; {} where that is not known."""
+        stage = self.store.stage(row.stages[kind]) if self.store and kind in row.stages else None
+        told = {} if stage is None else stage.numerics
+        return {name: told[name] for name in ("machine", "origin") if name in told}
 
     # ------------------------------------------------------------ curves, confusion, log
 
