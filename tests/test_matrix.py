@@ -123,6 +123,17 @@ def test_inline_gives_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: 
     assert {row.isolation for row in rows} == {"inline"}
     expected = artefacts(finished[0])
     assert all(expected[key] == artefact for key, artefact in artefacts(tmp_path / "runs").items())
+    isolated = [row for row in finished[1] if row.attack == "badnets"]
+    assert small.essence([replace(row, isolation=isolated[0].isolation) for row in rows]) == small.essence(isolated)
+
+
+def test_cells_computed_one_by_one_have_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    runs, rows = finished
+    backwards = [(row.attack, row.defense) for row in reversed(rows) if row.defense != "before"]
+    for attack, defense in (*backwards[::2], *backwards[1::2]):  # each by a run of its own
+        runner.run_matrix(small.options(attack, defense), Settings(tmp_path / "runs", 1, 1), live=False)
+    assert small.essence(runner.stored_rows(tmp_path / "runs")) == small.essence(rows)
+    assert artefacts(tmp_path / "runs") == artefacts(runs)
 
 
 def test_two_drivers_share_one_store(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
