@@ -7,6 +7,7 @@ share of clean non-target images that the model calls the target anyway.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +72,15 @@ def measure(
         out[f"{name}_k"] = k
         out[f"{name}_n"] = n
     return out
+
+
+def predicted(stored: Mapping[str, Labels]) -> dict[str, float | int | None]:
+    """`measure` of stored predictions: `clean`, `triggered`, `y`, `goal` and, as numbers, `counted`, each (N,).
+
+    Raises as `measure` does, and KeyError where one of them is missing.
+    """
+    counted = stored["counted"].astype(bool)
+    return measure(stored["clean"], stored["triggered"], stored["y"], stored["goal"], counted)
 
 
 def percent(k: int, n: int) -> float | None:

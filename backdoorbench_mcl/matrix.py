@@ -350,10 +350,7 @@ class Matrix(Standing):
                 self.display.note(f"stored predictions are damaged and are computed again ({damage})")
                 return None
             try:
-                counted = found["counted"].astype(bool)
-                self.scores[key] = evaluate.measure(
-                    found["clean"], found["triggered"], found["y"], found["goal"], counted
-                )
+                self.scores[key] = evaluate.predicted(found)
             except (BbmclError, ValueError, KeyError) as error:
                 self.failures[key] = Failure("failed", f"its predictions cannot be scored: {_line(error)}")
                 return None

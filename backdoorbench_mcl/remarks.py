@@ -61,8 +61,7 @@ def retuned(name: str, predictions: Mapping[str, NDArray[Any]], used: Sequence[i
     not see. name: of the stage in `EXTRAS`; used: the positions of the images that the steps saw.
     """
     left = {name: np.delete(values, used) for name, values in predictions.items()}
-    counted = left["counted"].astype(bool)
-    measured = evaluate.measure(left["clean"], left["triggered"], left["y"], left["goal"], counted)
+    measured = evaluate.predicted(left)
     return dict(zip(EXTRAS[name], (len(used), *(measured[field] for field in _RETUNED[1:])), strict=True))
 
 
