@@ -353,6 +353,7 @@ def new(
     print(f"next: pip install -e '{into / f'bbmcl-{name}'}[test]' && bbmcl check {name}")
 
 
+app.command()(keeping.verify)
 app.command()(keeping.export)
 app.command(name="import")(keeping.import_)
 

@@ -1,14 +1,18 @@
-"""The commands that look after a runs folder: carry its results elsewhere, tidy up. Parse, call, print, as in `cli`."""
+"""The commands that look after a runs folder: carry its results elsewhere, have them again, tidy up. They parse, call
+and print, as those of `cli`.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from .errors import UserError
-from .flags import DEFAULT_RUNS, Runs
+from .flags import DEFAULT_RUNS, DataRoot, Isolation, Memory, Runs, Workers
 
 store_app = typer.Typer(
     help="The runs folder: what it takes, what can go.", no_args_is_help=True, rich_markup_mode=None
@@ -83,3 +87,44 @@ def import_(
         raise UserError(f"{file}: no such file; expected an archive written by bbmcl export")
     stages, rows = archive.load(Store(runs), file)
     print(f"{runs}: {stages} new stages, {rows} new rows")
+
+
+def verify(
+    folder: Annotated[Path | None, typer.Argument(metavar="[RUNS]", help="Folder of results; default: --runs.")] = None,
+    runs: Runs = DEFAULT_RUNS,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cells to draw, of many attacks and defenses; default: 3."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All finished cells.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    reuse_victims: Annotated[
+        bool,
+        typer.Option("--reuse-victims", help="Copy the victims: far faster, and they are not verified."),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default: as each cell was computed.")
+    ] = None,
+    workers: Workers = None,
+    threads_per_job: Annotated[int | None, typer.Option(help="Default: as each cell was computed.")] = None,
+    memory: Memory = None,
+    isolation: Isolation = "auto",
+    data_root: DataRoot = None,
+    fmt: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print what was found.")] = "table",
+) -> None:
+    """Compute some stored cells again, in a temporary folder, and say whether they came out the same."""
+    from . import verify as again
+    from .runner import Settings
+
+    if every and sample is not None:
+        raise UserError(f"--all and --sample {sample}: give one of them")
+    choice = again.Choice(
+        None if every else again.SAMPLE if sample is None else sample, seed, reuse_victims, data_root, device
+    )
+    settings = Settings(folder or runs, workers, threads_per_job, isolation=isolation, memory=memory)
+    findings = again.verify(settings, choice, lambda line: print(line, file=sys.stderr))
+    if fmt == "json":
+        print(json.dumps([again.as_dict(finding) for finding in findings], indent=1))
+    else:
+        print("\n".join([*(f"{finding.cell}: {finding.text}" for finding in findings), again.summary(findings)]))
+    raise typer.Exit(again.status(findings))

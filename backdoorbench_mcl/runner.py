@@ -228,7 +228,17 @@ def run_matrix(
     using = resources(settings, asked.device)
     for line in summary(asked, using):
         announce(line)
-    graph = plan.build(asked)
+    return compute(plan.build(asked), asked, using, settings, observers, live, stream)
+
+
+def compute(
+    graph: plan.Plan, asked: request.Request, using: Resources, settings: Settings,
+    observers: Sequence[tuple[plugins.Plugin, Callable[[Row], object]]] = (), live: bool | None = None,
+    stream: TextIO | None = None,
+) -> list[Row]:  # fmt: skip
+    """Compute what a plan lacks; one row per cell. asked: any of the requests that the plan was built from, which must
+    have data, device, precision and `exclude_poisoned` in common. Raises UserError where the store cannot be written.
+    """
     store = Store(settings.runs)
     try:
         grants = Grants(
@@ -244,16 +254,16 @@ def run_matrix(
         store.close()
 
 
-def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True, readonly: bool = False) -> list[Row]:
     """The rows of a runs folder that `keep` admits, by name and seed: not in the order in which they were finished.
 
-    Raises UserError where there is no such folder.
+    readonly: as of `Store`. Raises UserError where there is no such folder.
     """
     if not (runs / "store.sqlite").exists():
         raise UserError(
             f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
         )
-    store = Store(runs)
+    store = Store(runs, readonly)
     try:
         return sorted(filter(keep, store.rows()), key=_by_name)
     finally:
@@ -272,6 +282,6 @@ def exit_status(rows: Sequence[Row]) -> int:
 
 
 __all__ = [
-    "Resources", "Settings", "check_data", "dry_run", "exit_status", "prepare_data", "registry", "resources",
-    "run_matrix", "stored_rows", "summary",
+    "MAX_WORKERS", "Resources", "Settings", "check", "check_data", "compute", "dry_run", "exit_status", "prepare_data",
+    "registry", "resources", "run_matrix", "stored_rows", "summary",
 ]  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def reference(toy_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     artefacts = {stage.key: stage.artefact for stage in store.stages()}
     store.close()
     return Reference(runs, [Row.from_dict(item) for item in json.loads(done.stdout)], artefacts, seconds)
+
+
+@pytest.fixture
+def sigint_heeded() -> Iterator[None]:
+    """A shell that runs the tests in the background has them, and so their children, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

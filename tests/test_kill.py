@@ -259,14 +259,6 @@ def test_a_job_that_hangs_dies_with_its_driver(launcher: Launcher, reference: Re
         driver.assert_ended([job])
 
 
-@pytest.fixture
-def sigint_heeded() -> Iterator[None]:
-    """A shell that runs the tests in the background has them, and so their children, ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("sigint_heeded")
 @pytest.mark.parametrize("way", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_the_run_cleanly(launcher: Launcher, reference: Reference, way: str) -> None:
