@@ -183,7 +183,7 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     using = resources(settings, asked.device)
     graph = plan.build(asked)
     stored: set[str] = set()
-    if (settings.runs / "store.sqlite").exists():
+    if Store.exists(settings.runs):
         store = Store(settings.runs)
         stored = {key for key in graph.nodes if store.stage(key) is not None}
         store.close()
@@ -259,11 +259,11 @@ def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True, read
 
     readonly: as of `Store`. Raises UserError where there is no such folder.
     """
-    if not (runs / "store.sqlite").exists():
+    if not Store.exists(runs):
         raise UserError(
             f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
         )
-    store = Store(runs, readonly)
+    store = Store(runs, readonly=readonly)
     try:
         return sorted(filter(keep, store.rows()), key=_by_name)
     finally:

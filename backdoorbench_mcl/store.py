@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from .artefacts import Artefacts, Damaged
 from .errors import UserError
-from .ledger import Ledger, cause
+from .ledger import DATABASE, JOURNAL, Ledger, cause
 from .rows import Row
 
 
@@ -72,6 +72,11 @@ class Store:
             raise UserError(
                 f"the runs folder {folder} cannot be used: {cause(error)}; {remedy}name another one with --runs"
             ) from error
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether `folder` holds results: a journal is enough, the database is made again from it."""
+        return any((folder / name).exists() for name in (DATABASE, JOURNAL))
 
     def close(self) -> None:
         """Close the database; further calls fail."""

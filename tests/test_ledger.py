@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from backdoorbench_mcl import ledger
+from backdoorbench_mcl import ledger, runner
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.ledger import DATABASE, JOURNAL, LOCK
 from backdoorbench_mcl.rows import Row
@@ -114,6 +114,14 @@ def test_the_user_is_told_and_the_damaged_file_is_kept(tmp_path: Path) -> None:
     (runs / DATABASE).unlink()
     Store(runs, told.append).close()
     assert told[1].endswith("11 stages, 12 rows; it was gone")
+
+
+def test_a_report_needs_the_journal_alone(tmp_path: Path) -> None:
+    runs = filled(tmp_path)
+    (runs / DATABASE).unlink()
+    assert len(runner.stored_rows(runs)) == 12
+    with pytest.raises(UserError, match="no results"):
+        runner.stored_rows(tmp_path)
 
 
 def test_what_cannot_be_read_of_the_journal_is_counted(tmp_path: Path) -> None:
