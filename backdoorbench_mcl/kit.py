@@ -16,13 +16,14 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe
+from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe, Snapshot
 from .errors import Diverged, UserError
 
 _MODEL = "model."
@@ -136,6 +137,35 @@ def _unpack(tensors: Mapping[str, Tensor], model: Classifier, optimiser: torch.o
         torch.cuda.set_rng_state(tensors[_RNG_CUDA].cpu(), ctx.device)
 
 
+class _Part:
+    """The snapshot of one training of several, in the one file that the method has: tensors `NAME/...`, meta by name.
+
+    What the others have saved is kept with it, so that a restarted method finds each of its trainings where it stood.
+    """
+
+    def __init__(self, inner: Snapshot, name: str) -> None:
+        if "/" in name:
+            raise ValueError(f"fit: the name {name!r} of a training has a slash")
+        self.inner = inner
+        self.name = name
+        tensors, meta = inner.load() or ({}, {})
+        parts: Mapping[str, Any] = meta.get("parts", {})
+        own = {key: tensor for key, tensor in tensors.items() if key.partition("/")[0] == name}
+        self._found = ({key.partition("/")[2]: tensor for key, tensor in own.items()}, parts[name]) if own else None
+        others = {other for other in parts if other != name}
+        self._tensors = {key: tensor for key, tensor in tensors.items() if key.partition("/")[0] in others}
+        self._parts = {other: parts[other] for other in others}
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What this training has saved."""
+        return self._found
+
+    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """All parts."""
+        own = {f"{self.name}/{key}": tensor for key, tensor in tensors.items()}
+        self.inner.save({**self._tensors, **own}, {"parts": {**self._parts, self.name: dict(meta)}})
+
+
 def _finite(model: Classifier, loss: Tensor) -> bool:
     state = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     return bool(torch.stack([loss.isfinite().all(), *(tensor.isfinite().all() for tensor in state)]).all())
@@ -148,6 +178,7 @@ def fit(
     loss: Callable[[Batch], Tensor],
     *,
     recipe: Recipe | None = None,
+    name: str = "",
 ) -> None:
     """Train `model` in place by SGD on `images`, with `recipe` (by default ctx.recipe) and ctx.augment.
 
@@ -159,6 +190,10 @@ def fit(
     At the end of each epoch everything that the next epoch depends on goes to ctx.snapshot; a training that finds
     its own snapshot, started from the same weights, generators, recipe and number of images, continues from it with
     the same result to the last bit. ctx.tick is called after each step, and the mean loss of each epoch is recorded.
+
+    name: a method that trains more than once gives each training one, all different. Then each has a snapshot of its
+    own beside the others', so that a restarted method passes through those that were done and goes on with the next;
+    what it does in between it does again. The curve is recorded as "loss, NAME". Example: `name="teacher"`.
 
     Raises Diverged when, at the end of an epoch, the summed loss or a weight is no longer finite (checked once an
     epoch, because each check makes a GPU wait), and UserError when there are no images.
@@ -177,14 +212,16 @@ def fit(
     start = _fingerprint(model, images, ctx, recipe)
     step = 0
     curve: list[tuple[int, float]] = []
-    found = ctx.snapshot.load()
+    drawn = f"loss, {name}" if name else "loss"
+    snapshot: Snapshot = _Part(ctx.snapshot, name) if name else ctx.snapshot
+    found = snapshot.load()
     if found is not None and found[1].get("start") == start:
         _unpack(found[0], model, optimiser, ctx)
         step = int(found[1]["step"])
         curve = [(int(at), float(mean)) for at, mean in found[1].get("curve", [])]
         for point in curve:
-            ctx.record("loss", *point)
-        ctx.log(f"resumed at step {step} of {total}")
+            ctx.record(drawn, *point)
+        ctx.log(f"resumed at step {step} of {total}{f' of {name}' if name else ''}")
     while step < total:
         summed, before = torch.zeros((), device=images.x.device), step
         for batch in images.batches(recipe.batch, ctx.rng, ctx.augment, lone=False):
@@ -202,19 +239,27 @@ def fit(
         if not _finite(model, summed):
             raise Diverged(f"training by step {step} of {total}: loss or weights are not finite (lr {recipe.lr})")
         curve.append((step, float(summed) / (step - before)))
-        ctx.record("loss", *curve[-1])
+        ctx.record(drawn, *curve[-1])
         meta: dict[str, Any] = {"start": start, "step": step, "curve": curve}
-        ctx.snapshot.save(_pack(model, optimiser, ctx), meta)
+        snapshot.save(_pack(model, optimiser, ctx), meta)
 
 
 # ---------------------------------------------------------------- small things
+
+
+def share(rate: float, total: int) -> int:
+    """floor(rate * total), with `rate` read as the decimal that was typed: share(0.29, 100) is 29.
+
+    In binary 0.29 * 100 is 28.999..., whose floor would be one short.
+    """
+    return int(Fraction(str(rate)) * total)
 
 
 def choose(total: int, count: int, rng: torch.Generator) -> Tensor:
     """`count` indices of range(total), uniform without replacement, sorted: int64 (count,) on the CPU.
 
     They are the first `count` of one permutation, so that from equal generators a smaller choice lies in a larger
-    one. Raises UserError when count is not in 0 .. total. Example: `choose(len(train), int(rate * len(train)), rng)`.
+    one. Raises UserError when count is not in 0 .. total. Example: `choose(len(train), share(rate, len(train)), rng)`.
     """
     if not 0 <= count <= total:
         raise UserError(f"choose: {count} of {total} images were asked for, expected 0 to {total}")
@@ -293,4 +338,4 @@ def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor)
     return out.index_fill(1, channels.to(out.device), 0)
 
 
-__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict"]
+__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "share"]

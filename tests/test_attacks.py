@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import Bench, generator, images
 from torch import Tensor
 
 from backdoorbench_mcl.api import Attack, Images, State, UserError
 from bbmcl_attacks.badnets import BadNets, corner_patch
 from bbmcl_attacks.blend import Blend, blend_patch, draw_colours, picture
-from bbmcl_attacks.dirty_label import CHUNK, poison_count
+from bbmcl_attacks.dirty_label import CHUNK
 from bbmcl_attacks.none import NoAttack
 
 TOP = {"top": 0, "left": 0}
@@ -195,17 +193,6 @@ def test_poison_count_indices_labels_pixels(attack: Attack) -> None:
     assert torch.equal(poison.index, again.index)
     assert torch.equal(poison.x, again.x)
     assert not torch.equal(poison.index, attack.poison(train, state, generator(4)).index)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 1000), st.integers(0, 60000))
-def test_poison_count_is_the_floor_of_the_typed_decimal(permille: int, total: int) -> None:
-    assert poison_count(permille / 1000, total) == permille * total // 1000
-
-
-@pytest.mark.parametrize(("total", "count"), [(50000, 5000), (26640, 2664), (26000, 2600)])
-def test_poison_counts_of_the_paper(total: int, count: int) -> None:
-    assert poison_count(0.1, total) == count
 
 
 def test_goal_counts_all_but_the_target() -> None:

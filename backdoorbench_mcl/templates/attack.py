@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_mcl.api import Attack, Count, Images, Interval, Label, Poisoned, Rate, State
-from backdoorbench_mcl.kit import choose
+from backdoorbench_mcl.kit import choose, share
 
 
 class MyMethod(Attack):
@@ -33,7 +33,7 @@ class MyMethod(Attack):
         self.grey = grey
 
     def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:
-        index = choose(len(train), int(self.rate * len(train)), rng)  # (P,) int64
+        index = choose(len(train), share(self.rate, len(train)), rng)  # (P,) int64
         x, y = train.take(index)
         return Poisoned(index, self.stamp(x, y, state, rng), torch.full_like(y, self.target or 0))
 

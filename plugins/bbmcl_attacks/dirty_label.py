@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
 from backdoorbench_mcl.api import Attack, Goal, Images, Poisoned, State, UserError
-from backdoorbench_mcl.kit import choose
+from backdoorbench_mcl.kit import choose, share
 
 CHUNK = 64  # images stamped at a time: 10 MB at 224x224
-
-
-def poison_count(rate: float, total: int) -> int:
-    """floor(rate * total), with `rate` read as the decimal that was typed.
-
-    In binary 0.29 * 100 is 28.999..., whose floor would be one image short.
-    """
-    return int(Fraction(str(rate)) * total)
 
 
 def check_target(name: str, target: int, classes: int) -> None:
@@ -82,6 +72,6 @@ class DirtyLabel(Attack):
 
         Source: spec 4, common settings of the poisoned-label attacks.
         """
-        index = choose(len(train), poison_count(self.rate, len(train)), rng)  # (P,) int64, sorted
+        index = choose(len(train), share(self.rate, len(train)), rng)  # (P,) int64, sorted
         y = self.goal(train.y[index.to(train.y.device)], state).y
         return Poisoned(index, stamp_chosen(self, train, index, state, rng), y)
