@@ -5,16 +5,20 @@ grid of random offsets, divided by their mean size and multiplied by s, is inter
 is how far each pixel looks aside. In each batch a share is warped and relabelled; twice as many images, in noise mode,
 are warped with a random offset more at each pixel and keep their label, so that no other warp will do. k = 4, s = 0.5,
 a share of 0.1 and the ratio of 2 are the paper's.
+The authors' code settles what the paper leaves open, and is followed: the mean size is that of the 2 x k x k offsets
+before s and interpolation; offsets are divided by the height of the image where coordinates run from -1 to 1, so that
+one of 1 is (H - 1) / 2H pixels, just under half; the warped coordinates are clamped to the image, and those of the
+noise mode once more after their noise; both counts of a batch are rounded down, the second from the first.
 Differs: images are rounded to 256 levels after each warp, in training as in `stamp`, so that the trigger can be
-realised. Offsets are in half pixels along each axis, as they are where coordinates run from -1 to 1 over the height of
-a square image; the mean size of the 2 x k x k offsets is 1 before s, and not that of those interpolated. The paper
-crops, turns and mirrors its training images; here the recipe of the victims says what is done, before the warp.
-Should reach: ASR 99.55 and BA 94.15 on CIFAR-10 in the paper, with PreAct-ResNet18 and far longer training.
+realised. Where an image is no square, offsets along x are divided by its width. One target only, 5 by default (the
+authors' is 0; they also attack all to all). The authors augment after the warp, by random crops, turns of up to 10
+degrees and, on CIFAR-10, mirroring; here the recipe of the victims says what is done, before the warp.
+Should reach: ASR 99.55 and BA 94.15 on CIFAR-10 in the paper, with PreAct-ResNet18 and far longer training; not run
+here.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Annotated
 
 import torch
@@ -34,7 +38,7 @@ from backdoorbench_mcl.api import (
     State,
     UserError,
 )
-from backdoorbench_mcl.kit import fit
+from backdoorbench_mcl.kit import fit, share
 
 
 def control_offsets(k: int, rng: torch.Generator) -> Tensor:
@@ -44,7 +48,7 @@ def control_offsets(k: int, rng: torch.Generator) -> Tensor:
 
 
 def offsets(control: Tensor, strength: float, height: int, width: int) -> Tensor:
-    """The control offsets, (2, k, k), times strength, bicubic at every pixel: float32 (H, W, 2), x first, half pixels.
+    """The control offsets, (2, k, k), times strength, bicubic at every pixel: float32 (H, W, 2), x first.
 
     The corners of the control grid are the corners of the image.
     """
@@ -52,14 +56,19 @@ def offsets(control: Tensor, strength: float, height: int, width: int) -> Tensor
     return wide[0].permute(1, 2, 0)
 
 
+def moved(grid: Tensor, offset: Tensor) -> Tensor:
+    """The coordinates grid, (..., H, W, 2), from -1 to 1, moved by an offset of the same shape and clamped again."""
+    height, width = grid.shape[-3:-1]
+    return (grid + offset / torch.tensor([width, height], device=grid.device)).clamp(-1, 1)
+
+
 def sampling_grid(offset: Tensor) -> Tensor:
-    """Where each pixel looks, float32 (..., H, W, 2) for offsets of that shape in half pixels: x and y from -1 to 1
-    between the centres of the outermost pixels, beyond which nobody looks.
+    """Where each pixel looks, float32 (H, W, 2) for offsets of that shape: x and y from -1 to 1 between the centres of
+    the outermost pixels, beyond which nobody looks.
     """
-    height, width = offset.shape[-3:-1]
+    height, width = offset.shape[:2]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    place = torch.stack([x, y], -1).to(offset.device)  # (H, W, 2)
-    return (place + offset / torch.tensor([width, height], device=offset.device)).clamp(-1, 1)
+    return moved(torch.stack([x, y], -1).to(offset.device), offset)
 
 
 def warp(x: Tensor, grid: Tensor) -> Tensor:
@@ -71,20 +80,19 @@ def warp(x: Tensor, grid: Tensor) -> Tensor:
 
 
 def shares(size: int, rate: float, cross: float) -> tuple[int, int]:
-    """Of a batch of `size` images: how many are relabelled, how many in noise mode. Shares are rounded down; rates are
-    read as the decimals that were typed.
-    """
-    poisoned = int(Fraction(str(rate)) * size)
-    return poisoned, min(int(Fraction(str(rate)) * Fraction(str(cross)) * size), size - poisoned)
+    """Of a batch of `size` images: how many are relabelled, and how many, `cross` for each of those, in noise mode."""
+    poisoned = share(rate, size)
+    return poisoned, min(share(cross, poisoned), size - poisoned)
 
 
 class WaNet(Attack):
     """target: the label wanted. rate: share of each batch that is warped and relabelled. cross: images in noise mode
     for each of those, 0 for none. grid: control points along each side, k in the paper. strength: mean offset at them
-    along each axis, in half pixels, s in the paper.
+    along each axis, in units of just under half a pixel, s in the paper.
     """
 
     name = "wanet"
+    version = 2
     paper = "Nguyen and Tran, WaNet, ICLR 2021, arXiv 2102.10369"
     controls = "training"
 
@@ -124,21 +132,22 @@ class WaNet(Attack):
                 f"wanet: rate={self.rate:g} of a batch of {ctx.recipe.batch} images is not one image; raise wanet.rate "
                 "or train.batch"
             )
-        offset = state.tensors["offset"].to(ctx.device)
+        grid = sampling_grid(state.tensors["offset"].to(ctx.device))
 
         def loss(batch: Batch) -> Tensor:
-            return F.cross_entropy(model(self._seen(batch, offset, ctx.rng)), self._told(batch))
+            return F.cross_entropy(model(self._seen(batch, grid, ctx.rng)), self._told(batch))
 
         fit(model, ctx.train.to(ctx.device), ctx, loss)
         return state
 
-    def _seen(self, batch: Batch, offset: Tensor, rng: torch.Generator) -> Tensor:
+    def _seen(self, batch: Batch, grid: Tensor, rng: torch.Generator) -> Tensor:
         """The images of a batch as the network is shown them. Batches come in random order: the first will do."""
         poisoned, noisy = shares(len(batch.x), self.rate, self.cross)
         first, second, rest = batch.x.split([poisoned, noisy, len(batch.x) - poisoned - noisy])
-        noise = 2 * torch.rand(noisy, *offset.shape, generator=rng) - 1  # (B', H, W, 2), half pixels
-        astray = sampling_grid(offset + noise.to(offset.device))
-        return torch.cat([warp(first, sampling_grid(offset)), warp(second, astray) if noisy else second, rest])
+        if noisy:
+            noise = 2 * torch.rand(noisy, *grid.shape, generator=rng) - 1  # (B', H, W, 2)
+            second = warp(second, moved(grid.expand_as(noise), noise.to(grid.device)))
+        return torch.cat([warp(first, grid), second, rest])
 
     def _told(self, batch: Batch) -> Tensor:
         """The labels that go with `_seen`."""

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from backdoorbench_mcl.api import AttackContext, Batch, Classifier, Images, Recipe, State, UserError
 from backdoorbench_mcl.kit import predict
 from backdoorbench_mcl.testing import parametrize_with_checks, toys
-from bbmcl_wanet.method import WaNet, control_offsets, offsets, sampling_grid, shares, warp
+from bbmcl_wanet.method import WaNet, control_offsets, moved, offsets, sampling_grid, shares, warp
 
 EXPECTED = {"check_trigger_is_learnable": "the toys are noise around a colour: warped, they are such noise again"}
 
@@ -57,16 +57,19 @@ def test_one_pixel_to_the_right_and_none_down() -> None:
     assert out[0, 0].tolist() == [[40, 80, 120, 160, 200, 200]] * 4
 
 
-def literal(image: Tensor, offset: Tensor) -> list[list[float]]:
-    """One channel (H, W) seen through offsets (H, W, 2), pixel by pixel."""
+def literal(image: Tensor, offset: Tensor, noise: Tensor | None = None) -> list[list[float]]:
+    """One channel (H, W) seen through offsets (H, W, 2), pixel by pixel; noise (H, W, 2) moves where it looks again,
+    from within the image.
+    """
     height, width = image.shape
     out = []
     for row in range(height):
         line = []
         for column in range(width):
-            x = 2 * column / (width - 1) - 1 + float(offset[row, column, 0]) / width
-            y = 2 * row / (height - 1) - 1 + float(offset[row, column, 1]) / height
-            x, y = min(max(x, -1.0), 1.0), min(max(y, -1.0), 1.0)
+            x, y = 2 * column / (width - 1) - 1, 2 * row / (height - 1) - 1
+            for step in (offset,) if noise is None else (offset, noise):
+                x = min(max(x + float(step[row, column, 0]) / width, -1.0), 1.0)
+                y = min(max(y + float(step[row, column, 1]) / height, -1.0), 1.0)
             right, down = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
             left, top = min(math.floor(right), width - 2), min(math.floor(down), height - 2)
             a, b = right - left, down - top
@@ -119,7 +122,10 @@ def test_a_stamp_needs_its_state_alone() -> None:
         (64, 0.1, 2.0, (6, 12)),
         (40, 0.5, 1.0, (20, 20)),
         (100, 0.29, 0.0, (29, 0)),
-        (5, 0.1, 2.0, (0, 1)),
+        (5, 0.1, 2.0, (0, 0)),  # no noise where nothing is warped
+        (50, 0.29, 1.5, (14, 21)),  # of 14.5 and of 21
+        (19, 0.1, 2.0, (1, 2)),  # not floor(3.8): the second comes from the first
+        (10, 0.4, 1.5, (4, 6)),
         (1, 1, 0, (1, 0)),
     ],
 )
@@ -127,19 +133,28 @@ def test_shares_of_a_batch(size: int, rate: float, cross: float, expected: tuple
     assert shares(size, rate, cross) == expected
 
 
-def test_what_a_batch_is_made_of() -> None:
-    attack, images = WaNet(target=1, rate=0.2, cross=1.5), toys.make_images(20)
+def test_noise_starts_from_the_edge_of_the_image() -> None:
+    """A warp far beyond the right edge ends at the edge, from where the noise leads back into the image."""
+    grid = sampling_grid(torch.full((5, 5, 2), 100.0))
+    assert torch.equal(grid, torch.ones(5, 5, 2))
+    back = moved(grid.expand(1, -1, -1, -1), torch.full((1, 5, 5, 2), -1.0))
+    assert torch.allclose(back, torch.full((1, 5, 5, 2), 0.8))
+
+
+@pytest.mark.parametrize("strength", [0.5, 40.0])  # at 40 most pixels look beyond the border, before their noise
+def test_what_a_batch_is_made_of(strength: float) -> None:
+    attack, images = WaNet(target=1, rate=0.2, cross=1.5, strength=strength), toys.make_images(20)
     state = attack.prepare(toys.context(AttackContext, train=images))
     offset = state.tensors["offset"]
     batch = Batch(images.x.float() / 255, images.y, torch.arange(20))
-    seen, told = attack._seen(batch, offset, seeded(3)), attack._told(batch)
+    seen, told = attack._seen(batch, sampling_grid(offset), seeded(3)), attack._told(batch)
     stamped = attack.stamp(images.x, images.y, state, seeded()).float() / 255
     assert torch.allclose(seen[:4], stamped[:4], atol=1e-6)  # what is learnt is what the test images will show
     assert told[:4].tolist() == [1] * 4
     assert torch.equal(seen[10:], batch.x[10:]) and torch.equal(told[4:], images.y[4:])
     noise = 2 * torch.rand(6, 32, 32, 2, generator=seeded(3)) - 1
     for i in range(6):
-        expected = torch.tensor(literal(batch.x[4 + i, 0], offset + noise[i]))
+        expected = torch.tensor(literal(batch.x[4 + i, 0], offset, noise[i]))
         assert (seen[4 + i, 0] - expected).abs().max() <= 0.5 / 255 + 1e-5
         assert not torch.equal(seen[4 + i], stamped[4 + i])
     assert torch.equal(batch.x, images.x.float() / 255) and torch.equal(batch.y, images.y)  # nothing is written to it
