@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,17 +16,18 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from readmes import METHODS, commands
 from small import TOY
 
 from backdoorbench_mcl.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-METHODS = {"bbmcl-abl": "abl", "bbmcl-fine-pruning": "fine-pruning", "bbmcl-wanet": "wanet"}
 GONE = "bbmcl-fine-pruning"
 SETS = (  # a strong warp and no other ones: the toy images are noise around a colour, with little to warp
     "badnets.target=1", "badnets.rate=0.2", "wanet.target=1", "wanet.rate=0.3", "wanet.cross=0", "wanet.strength=60",
-    "train.steps=800", "defend.steps=40", "abl.lr=0.05",
+    "train.steps=800", "defend.steps=40", "abl.lr=0.05", "abl.isolation=0.2", "abl.unlearn_lr=0.005",
 )  # fmt: skip
+NOISY = "wanet(cross=1)"  # the noise mode
 
 pytestmark = [
     pytest.mark.skipif("BBMCL_EXAMPLES" not in os.environ, reason="takes minutes; run it with: tox -e examples"),
@@ -85,8 +87,8 @@ def finished(installed: tuple[Environment, dict[str, Path]]) -> tuple[Path, list
     sets = [part for line in SETS for part in ("--set", line)]
     runs = environment.home / "runs"
     out = environment.bbmcl(
-        "matrix", "--dataset", "tiny", "--model", "tiny-net", "--clean-rate", "0.2", "--attacks", "badnets,wanet",
-        "--defenses", "fine-pruning,abl", *sets, "--runs", runs, "--format", "json",
+        "matrix", "--dataset", "tiny", "--model", "tiny-net", "--clean-rate", "0.2", "--attacks",
+        f"badnets,wanet,{NOISY}", "--defenses", "fine-pruning,abl", *sets, "--runs", runs, "--format", "json",
     )  # fmt: skip
     return runs, [Row.from_dict(item) for item in json.loads(out)]
 
@@ -111,23 +113,50 @@ def test_their_own_tests_pass(installed: tuple[Environment, dict[str, Path]], pa
     assert " passed" in said
 
 
+@pytest.mark.parametrize(("package", "words"), [(p, w) for p in METHODS for w in commands(p)], ids=str)
+def test_what_their_readmes_tell_to_type_works(
+    installed: tuple[Environment, dict[str, Path]], package: str, words: list[str], tmp_path: Path
+) -> None:
+    """All checks of `bbmcl check` pass; a matrix is planned, not run."""
+    environment, _ = installed
+    more: list[str | Path] = ["--dry-run", "--runs", tmp_path] if words[0] == "matrix" else []
+    said = environment.bbmcl(*words, *more)
+    assert METHODS[package] in said, shlex.join(words)
+
+
 def test_cells_are_filled(finished: tuple[Path, list[Row]]) -> None:
     rows = {(row.attack, row.defense): row for row in finished[1]}
     assert {cell: row.state for cell, row in rows.items()} == {
         ("badnets", "before"): "ok", ("badnets", "fine-pruning"): "ok", ("badnets", "abl"): "ok",
         ("wanet", "before"): "ok", ("wanet", "fine-pruning"): "ok", ("wanet", "abl"): "n/a",
+        (NOISY, "before"): "ok", (NOISY, "fine-pruning"): "n/a", (NOISY, "abl"): "n/a",
     }  # fmt: skip
-    assert {row.gate for row in rows.values()} <= {"ok", "flagged"}
-    assert {row.rebuild for row in rows.values() if row.defense == "fine-pruning"} == {"backdoorbench_mcl.kit:masked"}
+    assert {row.gate for row in rows.values() if row.attack != NOISY} <= {"ok", "flagged"}
+    repaired = {row.rebuild for row in rows.values() if row.defense == "fine-pruning" and row.state == "ok"}
+    assert repaired == {"backdoorbench_mcl.kit:masked"}
     assert rows["badnets", "abl"].knows == ("suspect",)
     assert rows["wanet", "abl"].reason == "the attacker trained the model: there is no training set to look at"
     assert rows["wanet", "before"].controls == "training"
 
 
+def test_defenses_defend_and_noise_makes_the_warp_harder_to_learn(finished: tuple[Path, list[Row]]) -> None:
+    """Stated beforehand: a defense that returned its victim would leave ASR where it was, at 90 or more."""
+    asr, ba = ({(row.attack, row.defense): getattr(row, name) for row in finished[1]} for name in ("asr", "ba"))
+    for attack, defense, most, least in (
+        ("badnets", "fine-pruning", 60, 70), ("wanet", "fine-pruning", 60, 70), ("badnets", "abl", 20, 90),
+    ):  # fmt: skip
+        assert asr[attack, "before"] >= 90
+        assert asr[attack, defense] < most
+        assert ba[attack, defense] > least
+    assert asr[NOISY, "before"] < asr["wanet", "before"]
+    assert ba[NOISY, "before"] > 90
+
+
 def test_rows_name_the_packages_that_made_them(finished: tuple[Path, list[Row]]) -> None:
     for row in finished[1]:
         made = {METHODS[name]: version for name, version in row.versions.items() if name in METHODS}
-        assert made == {label: "0.1.0" for label in (row.attack, row.defense) if label in METHODS.values()}
+        labels = {label.partition("(")[0] for label in (row.attack, row.defense)}
+        assert made == dict.fromkeys(labels & set(METHODS.values()), "0.1.0")
         assert row.versions["bbmcl-toy"] == "1.0"  # of data and network
 
 

@@ -254,9 +254,8 @@ def test_what_was_isolated_can_be_unlearned(seed: int) -> None:
     above 90, and leave BA above 60. A fifth is isolated, all the poison there is, and ascent is ten times as fast as on
     real images: on the toys the loss of what stays in the rest sinks to where no gradient is left to climb.
     """
-    settings = {"lr": 0.05, "isolation": 0.2}
-    before = Run(ABL(unlearn=0, **settings), plain(steps=16), seed)  # type: ignore[arg-type]
-    after = Run(ABL(unlearn_lr=0.0075, **settings), plain(steps=16), seed)
+    before = Run(ABL(lr=0.05, isolation=0.2, unlearn=0), plain(steps=16), seed)
+    after = Run(ABL(lr=0.05, isolation=0.2, unlearn_lr=0.0075), plain(steps=16), seed)
     assert before.asr > 90
     assert after.asr < before.asr - 10
     assert after.ba > 60

@@ -141,9 +141,8 @@ def test_zeros_in_the_weights_do_not_cut_a_channel_behind_a_shortcut() -> None:
     x = toys.make_images(8).x.float() / 255
     cut, zeroed = Net(Residual(), 3).eval(), Net(Residual(), 3).eval()
     masked(cut, {"layers": [0]})
-    conv = zeroed.layers.conv
-    with torch.no_grad():
-        conv.weight[0], conv.bias[0] = 0, 0  # type: ignore[index,operator]
+    weights = zeroed.state_dict()
+    weights["layers.conv.weight"][0], weights["layers.conv.bias"][0] = 0, 0
     assert bool((cut.embed(x)[:, 0] == 0).all())
     assert bool((zeroed.embed(x)[:, 0] > 0).all())
 
@@ -221,7 +220,7 @@ def test_where_accuracy_rises_again_the_next_channel_costs_too_much() -> None:
 
 
 def test_what_is_cut_is_what_a_literal_loop_cuts() -> None:
-    """At a drop of 30 points, which the toy victim reaches once and for all; below that its accuracy goes up and down."""
+    """At a drop of 30 points, which the toy victim reaches once and for all; before that it goes up and down."""
     victim, clean = toys.victim(), toys.clean_images()
     order = Pruned(victim, "bn2").activation(clean.x).argsort(stable=True).tolist()
     floor = toys.accuracy(victim, clean) - 30
