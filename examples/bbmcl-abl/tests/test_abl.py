@@ -225,7 +225,7 @@ def carrying(images: Images) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_is_learnt_first_is_poison_however_long_it_goes_on(seed: int) -> None:
-    """Stated beforehand: of the 40 lowest losses three of four carry the patch, as one in five does by chance, after
+    """Of the 40 lowest losses three of four carry the patch, as one in five does by chance, after
     60 steps, 200 and 400.
     """
     suspect, net = toys.suspect_images(), toys.fresh(seed)
@@ -250,9 +250,11 @@ def test_what_is_learnt_first_is_poison_however_long_it_goes_on(seed: int) -> No
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_was_isolated_can_be_unlearned(seed: int) -> None:
-    """Stated beforehand: the default phases take ten points of ASR or more off what isolation and rest leave, which is
-    above 90, and leave BA above 60. A fifth is isolated, all the poison there is, and ascent is ten times as fast as on
-    real images: on the toys the loss of what stays in the rest sinks to where no gradient is left to climb.
+    """The default phases take ten points of ASR or more off what isolation and rest leave, and leave BA above 60.
+
+    A demonstration on three seeds, no evidence: isolation and unlearn_lr are the ones of several that do so. A fifth is
+    isolated, all the poison there is, and ascent is ten times as fast as on real images: on the toys the loss of what
+    stays in the rest sinks to where no gradient is left to climb.
     """
     before = Run(ABL(lr=0.05, isolation=0.2, unlearn=0), plain(steps=16), seed)
     after = Run(ABL(lr=0.05, isolation=0.2, unlearn_lr=0.0075), plain(steps=16), seed)

@@ -292,7 +292,7 @@ def asr(model: Classifier) -> float:
 
 
 def test_a_backdoor_in_a_dormant_channel_goes() -> None:
-    """Stated beforehand: ASR above 95 before, and after fine-tuning alone; below 20 at unharmed BA after both."""
+    """ASR above 95 before, and after fine-tuning alone; below 20 at unharmed BA after both."""
     test = toys.make_images(toys.TEST, 2)
     victim = dormant()
     before = toys.accuracy(victim, test)

@@ -201,7 +201,7 @@ def pictures(count: int, seed: int) -> Images:
 
 
 def test_the_network_obeys_the_warp() -> None:
-    """Stated beforehand: ASR and BA above 95 on pictures of which there is something to warp."""
+    """ASR and BA above 95 on pictures of which there is something to warp."""
     attack = WaNet(target=1, rate=0.2, cross=0.5, strength=4.0)
     recipe = Recipe(steps=400, batch=40, lr=0.05, augment="none")
     ctx = toys.context(AttackContext, train=pictures(400, 1), recipe=recipe)
