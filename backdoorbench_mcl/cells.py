@@ -32,6 +32,9 @@ Role = Literal[
 ]
 
 
+MOST_SEEDS = 10_000
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys, no spaces, floats by their shortest round-trip form; tuples are lists.
 
@@ -93,9 +96,13 @@ def seeds(text: str) -> list[int]:
         if not match:
             raise UserError(f"seeds {text!r}: expected numbers and ranges, as in '0-2' or '0,3,5-7'")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first >= 10_000:
-            raise UserError(f"seeds {text!r}: the range {part.strip()!r} runs backwards or is longer than 10,000")
+        if last < first or last - first >= MOST_SEEDS:
+            raise UserError(
+                f"seeds {text!r}: the range {part.strip()!r} runs backwards or is longer than {MOST_SEEDS:,}"
+            )
         out.extend(range(first, last + 1))
+        if len(out) > MOST_SEEDS:
+            raise UserError(f"seeds {text[:80]!r}: more than {MOST_SEEDS:,} seeds were given, expected fewer")
     if len(set(out)) != len(out):
         raise UserError(f"seeds {text!r}: a seed is given twice")
     return out

@@ -37,6 +37,7 @@ from .flags import (
     Timeout,
     Workers,
 )  # fmt: skip
+from .text import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -191,7 +192,7 @@ def reproduce(
             closing = ["", found.closing] if found.closing else []
             print("\n".join([found.text, "", *map(str, found.files), *closing]), flush=True)
         for problem in found.problems:
-            _say(f"bbmcl: {problem}")
+            _say(one_line(f"bbmcl: {problem}"))
         status |= runner.exit_status(found.rows)
     if fmt == "html":
         page = runs / f"reproduce-{pinned.stem(target)}.html"
@@ -431,15 +432,16 @@ def _run() -> int:
     except USAGE_ERROR as error:
         message = str(error.format_message())
         helpful = message.startswith("Usage:")  # a bare `bbmcl` or `bbmcl data` is answered with its help
-        _say(message if helpful else f"bbmcl: {message.rstrip('.')}; see: {_command(error)} --help")
+        _say(message if helpful else one_line(f"bbmcl: {message.rstrip('.')}; see: {_command(error)} --help"))
         return 2
     except BbmclError as error:
-        _say(f"bbmcl: {error}")
+        _say(one_line(f"bbmcl: {error}"))
         return 2
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that may not be written: named by its file, of no use as a trace
-        _say(f"bbmcl: {error.strerror or error}: {error.filename or 'a file'}; make room, or see to its permissions")
+        where = error.filename or "a file"
+        _say(one_line(f"bbmcl: {error.strerror or error}: {where}; make room, or see to its permissions"))
         return 2
     except _Stopped as stopped:
         how = "terminated" if stopped.signum == signal.SIGTERM else "stopped"

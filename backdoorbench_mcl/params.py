@@ -7,6 +7,7 @@ commas outside parentheses, brackets and quotes: `wrn-16-1`, `parquet:PATH`, `mc
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ _WORDS: Mapping[str, Any] = {"true": True, "false": False, "none": None, "null":
 _NAME = re.compile(
     r"(?P<full>(?:[A-Za-z0-9_.\-]+/)?[a-z][a-z0-9]*(?:[-+.][a-z][a-z0-9]*)*\+?)(?P<suffix>(?:-\d+)*(?::.*)?)", re.S
 )
+MOST = 1000  # values of a sweep: each is a column, or a table
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -38,10 +40,11 @@ def split(text: str, *, quotes: bool = False) -> list[str]:
     """
     parts: list[str] = []
     stack: list[str] = []
-    start, quote = 0, ""
+    start, quote, escaped = 0, "", False
     for position, char in enumerate(text):
         if quote:
-            quote = "" if char == quote else quote
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
         elif char in "'\"" and (stack or quotes):
             quote = char
         elif char in _OPEN:
@@ -59,14 +62,28 @@ def split(text: str, *, quotes: bool = False) -> list[str]:
 
 
 def value(text: str) -> Any:
-    """A number, true/false, none, a quoted string, a list or tuple; anything else is the string itself."""
+    """A number, true/false, none, a quoted string, a list, tuple or dict of such; anything else is the string itself,
+    as is what JSON and so a key cannot hold: sets, bytes, infinities.
+    """
     text = text.strip()
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = ast.literal_eval(text)
+        return found if plain(found) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def plain(found: Any) -> bool:
+    """Whether a value can stand in a key, that is in JSON, and be printed again."""
+    if isinstance(found, list | tuple):
+        return all(map(plain, found))
+    if isinstance(found, dict):
+        return all(isinstance(name, str) for name in found) and all(map(plain, found.values()))
+    if isinstance(found, int):
+        return found.bit_length() <= 1024  # Python refuses to print numbers of thousands of digits
+    return found is None or isinstance(found, str) or (isinstance(found, float) and math.isfinite(found))
 
 
 def typed(given: Any) -> str:
@@ -100,18 +117,31 @@ def selection(text: str) -> Selection:
     """One selection. Raises UserError for text outside the grammar."""
     label = text.strip()
     body, params = label, {}
-    if label.endswith(")"):
-        depth = 0
-        for position in range(len(label) - 1, -1, -1):  # the last top-level group holds the parameters
-            depth += (label[position] == ")") - (label[position] == "(")
-            if depth == 0:
-                body, inner = label[:position], label[position + 1 : -1]
-                params = assignments(inner) if inner.strip() else {}
-                break
+    opened = _last_group(label) if label.endswith(")") else None
+    if opened is not None:
+        body, inner = label[:opened], label[opened + 1 : -1]
+        params = assignments(inner) if inner.strip() else {}
     match = _NAME.fullmatch(body)
     if not match:
         raise UserError(f"{label!r} is no method name; expected name, family-1-2, family:argument or name(param=value)")
     return Selection(label, match["full"], match["suffix"], params)
+
+
+def _last_group(label: str) -> int | None:
+    """Where the parenthesis opens that the last character of `label` closes; what stands in quotes closes nothing."""
+    opened: list[int] = []
+    quote, escaped = "", False
+    for position, char in enumerate(label[:-1]):
+        if quote:
+            quote = "" if char == quote and not escaped else quote
+            escaped = char == "\\" and not escaped
+        elif char in "'\"" and opened:
+            quote = char
+        elif char == "(":
+            opened.append(position)
+        elif char == ")" and opened:
+            opened.pop()
+    return opened[-1] if opened and not quote else None
 
 
 def selections(text: str) -> list[Selection]:
@@ -119,10 +149,11 @@ def selections(text: str) -> list[Selection]:
     out = [selection(part) for part in split(text) if part]
     if not out:
         raise UserError(f"{text!r}: expected at least one name; see: bbmcl plugins")
-    labels = [s.label for s in out]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"{label!r} is selected twice in {text!r}; leave one out")
+    seen: set[str] = set()
+    for one in out:
+        if one.label in seen:
+            raise UserError(f"{one.label!r} is selected twice in {text!r}; leave one out")
+        seen.add(one.label)
     return out
 
 
@@ -155,6 +186,8 @@ def sweep(line: str) -> Sweep:
     values = [(text, value(text)) for text in texts]
     if not values:
         raise UserError(f"--sweep {line!r}: expected at least one value behind the equals sign")
+    if len(values) > MOST:
+        raise UserError(f"--sweep {target.strip()}: {len(values):,} values were given, expected at most {MOST:,}")
     for i, (text, read) in enumerate(values):
         if any(read == other and type(read) is type(other) for _, other in values[:i]):
             raise UserError(f"--sweep {line!r}: the value {text} is given twice")
@@ -196,6 +229,6 @@ def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
 
 
 __all__ = [
-    "CLEAN_RATE", "Selection", "Sweep", "assignments", "overrides", "selection", "selections", "split", "sweep",
-    "swept", "typed", "value",
+    "CLEAN_RATE", "MOST", "Selection", "Sweep", "assignments", "overrides", "plain", "selection", "selections", "split",
+    "sweep", "swept", "typed", "value",
 ]  # fmt: skip

@@ -138,7 +138,7 @@ def _expand(
             typed |= {selection.label for selection in chosen}
             out.extend(chosen)
     labels = [selection.label for selection in out]
-    unique = [s for i, s in enumerate(out) if s.label not in labels[:i]]
+    unique = list({selection.label: selection for selection in reversed(out)}.values())[::-1]
     if kind == "defense" and labels == [NOTHING]:
         return [], frozenset()
     if not unique:

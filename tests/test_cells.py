@@ -73,3 +73,9 @@ def test_seed_ranges() -> None:
     for bad in ("", "a", "1-", "2-1", "1,1", "0-99999", "-1", "0.5"):
         with pytest.raises(UserError):
             cells.seeds(bad)
+
+
+def test_absurd_numbers_of_seeds_are_refused() -> None:
+    """Each range was bounded, not their sum: a few kB of text stood for 10^7 seeds."""
+    with pytest.raises(UserError, match="more than 10,000 seeds"):
+        cells.seeds(",".join(f"{i}0000-{i}9999" for i in range(1, 1000)))

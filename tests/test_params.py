@@ -78,3 +78,24 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
 )
 def test_values_survive_their_own_text(value: Any) -> None:
     assert params.value(repr(value)) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{1, 2}", "b'x'", "...", "1j", "{[]: 1}", "{1: 2}", "1e999", "[1e999]", "0x" + "f" * 5000, "-" * 5000 + "1"],
+)
+def test_what_a_key_cannot_hold_is_text(text: str) -> None:
+    """Sets, bytes and infinities ended in a traceback when the key was made of them."""
+    assert params.value(text) == text
+
+
+@pytest.mark.parametrize("value", ["(", ")", "a)", 'it\'s "quoted"', "\\", "\\'\"", "(')'", ["a(b", "'"]])
+def test_brackets_and_quotes_in_a_quoted_value_close_nothing(value: Any) -> None:
+    assert params.selection(f"x(p={params.typed(value)}, q=1)").params == {"p": value, "q": 1}
+
+
+def test_absurd_numbers_of_selections_and_values_take_no_time() -> None:
+    """Both were compared each with each: 30,000 names, which a command line can hold, took minutes."""
+    assert len(params.selections(",".join(f"m{i}" for i in range(30_000)))) == 30_000
+    with pytest.raises(UserError, match="30,000 values were given, expected at most 1,000"):
+        params.sweep("ft.lr=" + ",".join(map(str, range(30_000))))
