@@ -20,14 +20,17 @@ from typing import Any
 from . import artefacts
 from .artefacts import Damaged
 from .errors import UserError
+from .plainfiles import PlainFile
 from .rows import FINAL_STATES, Row
 from .store import Stage, Store
+from .text import one_line
 
 INDEX = "bbmcl-archive.json"
 FORMAT = 1
 _MEMBER = re.compile(r"artefacts/[0-9a-f]{64}/(?:[a-z0-9-]+\.safetensors|meta\.json)")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 16 << 30
+_INDEX_LARGEST = 256 << 20
 
 
 def export(store: Store, file: Path, kinds: Collection[str] | None = None) -> tuple[int, int]:
@@ -72,15 +75,17 @@ def load(store: Store, file: Path) -> tuple[int, int]:
     """
     with tempfile.TemporaryDirectory(prefix="bbmcl-import-") as scratch:
         try:
-            with tarfile.open(file, "r:") as tar:
+            with PlainFile(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 index = _unpack(tar, Path(scratch))
             stages = [_stage(item) for item in index["stages"]]
             rows = [Row.from_dict(item) for item in index["rows"]]
             for name in {stage.artefact for stage in stages}:
+                artefacts.require_plain(Path(scratch, "artefacts", name))
                 if artefacts.identify(Path(scratch, "artefacts", name)) != name:
                     raise UserError(f"{file}: artefact {name[:12]} is not what its name says; nothing was imported")
-        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, Damaged) as error:
-            raise UserError(f"{file} is no bbmcl archive that can be read: {error}; nothing was imported") from error
+        except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError, Damaged) as error:
+            why = one_line(str(error), 300)
+            raise UserError(f"{file} is no bbmcl archive that can be read: {why}; nothing was imported") from error
         known = {stage.key for stage in store.stages()}
         fresh = [stage for stage in stages if stage.key not in known]
         for stage in fresh:
@@ -99,7 +104,10 @@ def _adds(row: Row, stored: Row | None) -> bool:
 def _unpack(tar: tarfile.TarFile, folder: Path) -> dict[str, Any]:
     index: dict[str, Any] | None = None
     for member in tar:
-        source = tar.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
+        most = _INDEX_LARGEST if member.name == INDEX else _LARGEST
+        # a sparse file of a few bytes may be as large as it likes once it is unpacked
+        plain = member.isreg() and not member.issparse() and member.size <= most
+        source = tar.extractfile(member) if plain else None
         if source is None:
             raise ValueError(f"member {member.name[:80]!r} is no ordinary file of a sensible size")
         if member.name == INDEX and index is None:
@@ -109,15 +117,17 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> dict[str, Any]:
             raise ValueError(f"member {member.name[:80]!r} does not belong into an archive")
         target = folder / member.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as out:
+        with target.open("xb") as out:  # a name given twice is refused: who looks elsewhere may see the other file
             shutil.copyfileobj(source, out)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"it holds no {INDEX} of format {FORMAT}")
+    if not all(isinstance(index[name], list) for name in ("stages", "rows")):
+        raise ValueError(f"{INDEX} has no lists of stages and rows")
     return index
 
 
-def _stage(item: dict[str, Any]) -> Stage:
-    stage = Stage(**item)
+def _stage(item: Any) -> Stage:
+    stage = Stage.from_dict(item)
     if not (_KEY.fullmatch(stage.key) and _KEY.fullmatch(stage.artefact)):
         raise ValueError(f"stage key {stage.key[:80]!r} or its artefact is no SHA-256")
     return stage

@@ -13,15 +13,18 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import cells
+from . import cells, tensorfiles
+from .errors import UserError
+from .plainfiles import PlainFile, read_plain
 
 META = "meta.json"
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+_MAX_META = 256 << 20  # bytes
 
 
 class Damaged(Exception):
@@ -34,38 +37,46 @@ def tensors(file: Path) -> Iterator[tuple[str, str, list[int], bytes]]:
     Raises Damaged for anything that is no well-formed safetensors file.
     """
     try:
-        with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            length = int.from_bytes(data[:8], "little")
-            if not 2 <= length <= min(_MAX_HEADER, len(data) - 8):
-                raise Damaged(f"{file.name}: header of {length} bytes in a file of {len(data)}")
-            header = json.loads(data[8 : 8 + length])
-            header.pop("__metadata__", None)
-            with memoryview(data)[8 + length :] as body:
-                for name in sorted(header):
-                    entry = header[name]
-                    start, end = entry["data_offsets"]
-                    if not 0 <= start <= end <= len(body):
-                        raise Damaged(f"{file.name}: tensor {name!r} lies outside the file")
-                    yield (
-                        name,
-                        str(entry["dtype"]),
-                        [int(n) for n in entry["shape"]],
-                        hashlib.sha256(body[start:end]).digest(),
-                    )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{file.name}: {error}") from error
+        with PlainFile(file) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = 8 + tensorfiles.header_length(data[:8], len(data))
+            found = tensorfiles.entries(data[8:start], len(data) - start)
+            with memoryview(data)[start:] as body:
+                for one in found:
+                    yield one.name, one.dtype, list(one.shape), hashlib.sha256(body[one.start : one.end]).digest()
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{file.name}: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def require_plain(folder: Path) -> None:
+    """Raise Damaged where a folder that a job filled is a link, or holds anything but ordinary files: a link leads to
+    what the job could not read, and what is written to its place is written there.
+    """
+    try:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise Damaged(f"{folder.name} is no folder")
+        for file in folder.iterdir():
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise Damaged(f"{file.name} is no ordinary file")
+    except OSError as error:
+        raise Damaged(f"{folder.name}: {_cause(error)}") from error
 
 
 def identify(folder: Path) -> str:
     """The name (hex) that the content of `folder` has. Raises Damaged for unreadable content."""
     digest = hashlib.sha256()
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads(read_plain(folder / META, _MAX_META))
         digest.update(cells.canonical(meta).encode())
         for file in sorted(folder.glob("*.safetensors")):
             digest.update(file.name.encode())
             for name, dtype, shape, content in tensors(file):
                 digest.update(cells.canonical([name, dtype, shape]).encode() + content)
+    except RecursionError as error:
+        raise Damaged(f"{folder.name}: {META} has lists within lists") from error
     except (OSError, ValueError) as error:
         raise Damaged(f"{folder.name}: {error}") from error
     return digest.hexdigest()
@@ -99,9 +110,14 @@ class Artefacts:
         return folder
 
     def add(self, source: Path) -> str:
-        """Copy the safetensors files and `meta.json` of `source` in; returns the name. An OSError leaves no trace."""
+        """Copy the safetensors files and `meta.json` of `source` in; returns the name. An OSError leaves no trace.
+
+        Raises Damaged where one of them is a link, which could lead to what its author was not granted.
+        """
+        require_plain(source)
         name = identify(source)
         final = self.path(name)
+        self._stay_inside(name)
         if final.exists():
             try:
                 self.open(name)
@@ -130,10 +146,19 @@ class Artefacts:
     def drop(self, name: str) -> None:
         """Remove an artefact that turned out damaged."""
         self._verified.discard(name)
+        self._stay_inside(name)
         grave = self.root / f"tmp-{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):  # another driver was first
             self.path(name).rename(grave)
         shutil.rmtree(grave, ignore_errors=True)
+
+    def _stay_inside(self, name: str) -> None:
+        """Raise UserError where a link stands for the folder in which an artefact is written or removed."""
+        folder = self.path(name).parent
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link; what lies elsewhere is neither written nor removed: put its content in its place"
+            )
 
     def sweep(self) -> None:
         """Remove what killed processes left under temporary names more than an hour ago."""
@@ -155,4 +180,4 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["META", "Artefacts", "Damaged", "identify", "read_meta", "sync", "tensors"]
+__all__ = ["META", "Artefacts", "Damaged", "identify", "read_meta", "require_plain", "sync", "tensors"]

@@ -82,7 +82,7 @@ def _forked(
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
-            return f"ended its process with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
+            return f"ended its process with {signal_name(-code) if code < 0 else f'status {code}'}"
         answered = sum((folder / f"{i}.json").exists() for i in group)
         if answered > done:
             done, until = answered, time.monotonic() + seconds
@@ -93,6 +93,14 @@ def _forked(
             return f"took more than {most / 1e9:.1f} GB of memory" if greedy else f"did not answer in {seconds:g} s"
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
+
+
+def signal_name(number: int) -> str:
+    """Example: `signal_name(9)` is `SIGKILL`; real-time signals have numbers only."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _write(folder: Path, index: int, reply: Reply) -> None:
@@ -109,4 +117,4 @@ def _read(folder: Path, index: int) -> Reply | None:
     return found
 
 
-__all__ = ["Reply", "ask", "serve"]
+__all__ = ["Reply", "ask", "serve", "signal_name"]

@@ -41,6 +41,7 @@ Split = Literal["train", "test"]
 Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # digests (N, 32), labels (N,), in sorted order
 SPLITS: tuple[Split, Split] = ("train", "test")
 FORMAT = 1
+MAX_CLASSES = 1 << 16  # predictions are stored as 16 bits
 _CHUNK = 32 << 20  # bytes gathered, hashed or written at a time: small beside any data set, large beside a seek
 _STALE = 24 * 3600.0  # seconds after which a temporary folder belongs to a process that died
 
@@ -213,6 +214,8 @@ def _store(dataset: Dataset, split: Split, root: Path | None, folder: Path, cach
         raise PluginError(
             f"{dataset.name}: {split} is {x.dtype} {x.shape}, but shape says uint8 {tuple(dataset.shape)}"
         )
+    if not 1 <= dataset.classes <= MAX_CLASSES:
+        raise PluginError(f"{dataset.name}: has {dataset.classes:,} classes, expected at most {MAX_CLASSES:,}")
     if y.dtype != np.int64 or y.min() < 0 or y.max() >= dataset.classes:
         raise PluginError(
             f"{dataset.name}: {split} has {y.dtype} labels {y.min()}-{y.max()}, expected int64 0-{dataset.classes - 1}"

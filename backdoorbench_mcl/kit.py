@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe, Snapshot
 from .errors import Diverged, UserError
+from .plainfiles import read_plain
 
 _MODEL = "model."
 _MOMENTUM = "momentum."
@@ -313,6 +315,18 @@ def pgd(
     return moved.detach()
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a file of at most `most` bytes that others made, for data sets.
+
+    Raises UserError that names a file which is missing or larger, and what is no file: reading a pipe never ends, and a
+    link may lead to a device without end. Example: `read_file(path, 1 << 20)`
+    """
+    try:
+        return read_plain(path, most)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
 def frozen(model: Classifier) -> Classifier:
     """A deep copy in eval mode whose parameters take no gradient: a reference that training cannot move."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -338,4 +352,4 @@ def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor)
     return out.index_fill(1, channels.to(out.device), 0)
 
 
-__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "share"]
+__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "read_file", "share"]

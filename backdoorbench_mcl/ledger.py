@@ -196,6 +196,9 @@ class Ledger:
                 )
             if self.writable:
                 _prepare(db)
+            strange = db.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone()
+            if strange is not None:  # code of others, which would run with each statement
+                raise sqlite3.DatabaseError(f"{DATABASE} holds the view or trigger {str(strange[0])[:80]!r}")
             found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise _Torn(str(found))
@@ -277,6 +280,7 @@ class Ledger:
 def _connect(file: Path, writable: bool) -> sqlite3.Connection:
     mode = "rwc" if writable else "ro"
     db = sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=PATIENCE, isolation_level=None)
+    db.execute("PRAGMA trusted_schema = OFF")
     return db
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from . import artefacts, evaluate, plugins, provenance, remarks
-from .artefacts import Damaged
+from .artefacts import Damaged, require_plain
 from .engines.local import Finished, Isolation, Local, Progress
 from .errors import BbmclError, NotApplicable, PluginError, UserError
 from .grant import Grants, poisoned
@@ -230,6 +230,7 @@ class Matrix(Standing):
             self.display.finished(node.key, node.title, "ok", seconds)
             return
         try:
+            require_plain(out)  # before anything is read from it or written to it
             if trial is not None:
                 self.grants.judge(node, trial, out)
             stage = self._finished(node, event.result)

@@ -6,14 +6,17 @@ Percentages are 0-100 and unrounded, `*_k` of `*_n` are the integer counts behin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal["ok", "n/a", "failed", "killed", "timeout", "diverged"]
 FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
 SCHEMA = 1
 _TUPLES = ("knows", "strays", "changed", "overrides")
+_SECTIONS = ("attack", "model", "dataset", "defense", "inverter", "train", "defend", "control")  # of `params`: mappings
+_DEEP = 40  # levels of `params`
+_NESTED = (Mapping, list, tuple)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,68 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
-        """The row behind `as_dict`; fields of a newer version are dropped, absent ones take their default."""
-        known = {f.name for f in fields(cls)}
-        given = {k: v for k, v in data.items() if k in known}
+        """The row behind `as_dict`; fields of a newer version are dropped, absent ones take their default.
+
+        Raises ValueError for anything else: rows come from archives and runs folders of others.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a row is a mapping, got {type(data).__name__}")
+        given = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for name in _TUPLES:
-            given[name] = tuple(given.get(name) or ())
-        return cls(**given)
+            given[name] = tuple(given[name]) if isinstance(given.get(name), list | tuple) else given.get(name) or ()
+        for f in fields(cls):
+            if f.name in given and not any(_TYPES[part](given[f.name]) for part in str(f.type).split(" | ")):
+                raise ValueError(f"{f.name} of a row is {str(given[f.name])[:80]!r}, expected {f.type}")
+        if not all(map(_is_key, (given.get("key", ""), *given.get("stages", {}).values()))):
+            raise ValueError("the key of a row, or of one of its stages, is no key")
+        _check_params(given.get("params", {}))
+        try:
+            return cls(**given)
+        except TypeError as error:  # a field that has no default is missing
+            raise ValueError(f"no whole row: {error}") from error
+
+
+def _is_key(value: str) -> bool:
+    return len(value) <= 500 and value.isascii() and value.isprintable()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_count(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63  # what SQLite and numpy hold
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "State": lambda value: isinstance(value, str) and value in get_args(State),
+    "int": _is_count,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "None": lambda value: value is None,
+    "tuple[str, ...]": lambda value: isinstance(value, tuple) and all(isinstance(item, str) for item in value),
+    "Mapping[str, Any]": _is_mapping,
+    "Mapping[str, str]": lambda value: _is_mapping(value) and all(isinstance(item, str) for item in value.values()),
+}
+
+
+def _check_params(params: Mapping[str, Any]) -> None:
+    """Raise ValueError where parameters are nested too deeply to print, or lack the structure that reports read."""
+    level: list[Any] = [params]
+    for _ in range(_DEEP):
+        inside = (item.values() if isinstance(item, Mapping) else item for item in level if isinstance(item, _NESTED))
+        level = [part for items in inside for part in items]
+    if level:
+        raise ValueError(f"params of a row are nested more than {_DEEP} deep")
+    needs = [value for name, value in params.items() if name.startswith("needs ")]
+    parts = [params[name] for name in _SECTIONS if name in params] + needs
+    parts += [item for need in needs if isinstance(need, Mapping) for item in need.values()]
+    if "control" in params and isinstance(params["control"], Mapping):
+        parts += [params["control"].get(name) for name in ("attack", "set")]
+    if not all(map(_is_mapping, parts)):
+        raise ValueError("params of a row lack the parameters of a method")

@@ -29,19 +29,26 @@ class FolderSnapshot:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest snapshot, or None: there is none, or it cannot be read (then the work starts over)."""
         file = self.folder / _FILE
+        if not file.is_file():  # safetensors would wait for a pipe
+            return None
         try:
             with safe_open(file, framework="pt") as found:
                 meta = json.loads((found.metadata() or {})["meta"])
+                if not isinstance(meta, dict):
+                    return None
                 return {name: found.get_tensor(name) for name in found.keys()}, meta  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
             return None
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Replace the snapshot; a reader sees the old or the new one, never a part."""
         if time.monotonic() - self._last < self.every:
             return
+        if self.folder.is_symlink():  # nobody here makes one: it leads to what is not ours to write
+            self.folder.unlink()
         self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"{_FILE}.{os.getpid()}"
+        scratch.unlink(missing_ok=True)  # a link, again
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:  # straight from the tensors: `save` makes bytes first, at twice their memory
             save_file(plain, scratch, {"meta": json.dumps(dict(meta))})

@@ -14,8 +14,9 @@ import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,9 @@ from .artefacts import Artefacts, Damaged
 from .errors import UserError
 from .ledger import DATABASE, JOURNAL, Ledger, cause
 from .rows import Row
+from .text import one_line
+
+_FOLDERS = ("artefacts", "snapshots", "locks")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,22 @@ class Stage:
     artefact: str
     numerics: Mapping[str, Any] = field(default_factory=dict)  # device, precision, threads, isolation, versions
     cost: Mapping[str, Any] = field(default_factory=dict)  # seconds, peak_mb
+
+    @classmethod
+    def from_dict(cls, item: Any) -> Stage:
+        """The stage behind `asdict`. Raises ValueError for anything else."""
+        names = {f.name for f in fields(cls)}
+        if (
+            not isinstance(item, Mapping)
+            or not set(item) <= names
+            or not {"key", "kind", "spec", "artefact"} <= set(item)
+        ):
+            raise ValueError("no stage")
+        for name, value in item.items():
+            wanted: Any = str if name in ("key", "kind", "artefact") else Mapping
+            if not isinstance(value, wanted) or (wanted is str and not (value.isascii() and value.isprintable())):
+                raise ValueError(f"{name} of a stage is {str(value)[:80]!r}")
+        return cls(**item)
 
 
 class Claim:
@@ -60,8 +80,14 @@ class Store:
         self.folder = folder
         self.readonly = readonly
         self.artefacts = Artefacts(folder / "artefacts")
+        for sub in (*_FOLDERS, DATABASE, JOURNAL):
+            if (folder / sub).is_symlink():
+                raise UserError(
+                    f"the runs folder {folder} cannot be used: {sub} in it is a link, and what lies elsewhere is not "
+                    "written; put its content in its place (the whole runs folder may be a link)"
+                )
         try:
-            for sub in () if readonly else ("artefacts", "snapshots", "locks"):
+            for sub in () if readonly else _FOLDERS:
                 (folder / sub).mkdir(parents=True, exist_ok=True)
             self.ledger = Ledger(folder, say or (lambda line: print(f"bbmcl: {line}", file=sys.stderr)), readonly)
             if not readonly:
@@ -86,8 +112,20 @@ class Store:
 
     def stage(self, key: str) -> Stage | None:
         """The finished stage, or None. Its artefact is checked when it is opened."""
-        found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage WHERE key = ?", key)
-        return _stage(found[0]) if found else None
+        with self._reading():
+            found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage WHERE key = ?", key)
+            return _stage(found[0]) if found else None
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What does not come out of the database as it went in is one line."""
+        try:
+            yield
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"the runs folder {self.folder} cannot be read: {one_line(str(error), 300)}; take {DATABASE} from a "
+                "copy, or name another folder with --runs"
+            ) from error
 
     def changes(self) -> int:
         """A number that changes when another driver has written."""
@@ -95,8 +133,11 @@ class Store:
 
     def stages(self) -> list[Stage]:
         """Every finished stage, oldest first."""
-        found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage ORDER BY created, key")
-        return [_stage(record) for record in found]
+        with self._reading():
+            found = self.ledger.read(
+                "SELECT key, kind, spec, artefact, numerics, cost FROM stage ORDER BY created, key"
+            )
+            return [_stage(record) for record in found]
 
     def open(self, stage: Stage) -> Path:
         """The verified artefact of a stage. One that is damaged is forgotten, so that it is computed again: Damaged."""
@@ -147,15 +188,18 @@ class Store:
         return stored
 
     def snapshots(self, key: str) -> Path:
-        """The folder of a stage's epoch snapshots; it need not exist."""
-        return self.folder / "snapshots" / key
+        """The folder of a stage's epoch snapshots; it need not exist. A link in its place is removed, not followed."""
+        folder = self.folder / "snapshots" / key
+        if folder.is_symlink():
+            folder.unlink()
+        return folder
 
     def claim(self, key: str) -> Claim | None:
         """The lock of a stage, or None while another driver holds it."""
         path = self.folder / "locks" / key
         try:
             while True:
-                handle = path.open("wb")
+                handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
@@ -183,7 +227,7 @@ class Store:
     def last_attempt(self, key: str) -> tuple[str, str, str] | None:
         """(state, reason, log) of the newest try at a stage, or None."""
         found = self.ledger.read("SELECT state, reason, log FROM attempt WHERE key = ? ORDER BY n DESC LIMIT 1", key)
-        return (found[0][0], found[0][1], found[0][2]) if found else None
+        return (str(found[0][0]), str(found[0][1]), str(found[0][2])) if found else None
 
     def put_row(self, row: Row) -> None:
         """Store the row of a cell, in place of an earlier one of the same key; what is measured outlives a failure."""
@@ -192,18 +236,21 @@ class Store:
 
     def row(self, key: str) -> Row | None:
         """The row of a cell, or None."""
-        found = self.ledger.read("SELECT data FROM row WHERE key = ?", key)
-        return Row.from_dict(json.loads(found[0][0])) if found else None
+        with self._reading():
+            found = self.ledger.read("SELECT data FROM row WHERE key = ?", key)
+            return Row.from_dict(json.loads(found[0][0])) if found else None
 
     def rows(self) -> list[Row]:
         """Every row, oldest first."""
-        found = self.ledger.read("SELECT data FROM row ORDER BY created, key")
-        return [Row.from_dict(json.loads(data)) for (data,) in found]
+        with self._reading():
+            found = self.ledger.read("SELECT data FROM row ORDER BY created, key")
+            return [Row.from_dict(json.loads(data)) for (data,) in found]
 
 
 def _stage(record: tuple[Any, ...]) -> Stage:
     key, kind, spec, artefact, numerics, cost = record
-    return Stage(key, kind, json.loads(spec), artefact, json.loads(numerics), json.loads(cost))
+    parts = {"spec": json.loads(spec), "numerics": json.loads(numerics), "cost": json.loads(cost)}
+    return Stage.from_dict({"key": key, "kind": kind, "artefact": artefact, **parts})
 
 
 __all__ = ["Claim", "Stage", "Store"]

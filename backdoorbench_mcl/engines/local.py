@@ -25,15 +25,18 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .. import memory as machine
+from .. import plainfiles
+from ..children import signal_name
 from ..errors import UserError
 
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
 ROOM = 0.9  # of the machine's memory, for all jobs together: beyond that the kernel kills whom it likes
+MOST_RESULT, MOST_REASON = 16 << 20, 4000  # bytes of a result, characters of its reason
 STATES = ("ok", "failed", "diverged", "n/a")  # that a job's own result may have
 # Done, total, images a second. Numbers only: a pickle from a plugin's process would run in this one, unconfined.
 _PROGRESS = struct.Struct("<qqd")
@@ -76,6 +79,39 @@ def _progress(folder: Path, message: bytes) -> Progress | None:
     except struct.error:
         return None
     return Progress(folder, done, total, rate) if math.isfinite(rate) else None
+
+
+def sound(result: Any) -> dict[str, Any]:
+    """What a job left, if `jobs.run` could have written it: its process may have written something else.
+
+    Raises ValueError. Example: `sound({"state": "ok", "reason": ""})`
+    """
+    if not isinstance(result, dict) or result.get("state") not in STATES or not isinstance(result.get("reason"), str):
+        raise ValueError("no state, or no reason")
+    for name in ("seconds", "peak_mb", "peak_gpu_mb"):
+        if not _is_number(result.get(name, 0)) or result.get(name, 0) < 0:
+            raise ValueError(f"{name} is no number")
+    for name in ("strays", "changed"):
+        if not isinstance(result.get(name, []), list) or not all(
+            isinstance(item, str) for item in result.get(name, [])
+        ):
+            raise ValueError(f"{name} is no list of names")
+    if result.get("isolation", "process") not in get_args(Isolation):
+        raise ValueError("an isolation that does not exist")
+    curves = result.get("curves", {})
+    if not isinstance(curves, dict) or not all(map(_is_curve, curves.values())):
+        raise ValueError("curves without points")
+    return {**result, "reason": result["reason"][:MOST_REASON]}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # neither infinite nor NaN
+
+
+def _is_curve(points: Any) -> bool:
+    return isinstance(points, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in points
+    )
 
 
 class _Reporter:
@@ -257,19 +293,16 @@ class Local:
         return newest
 
     def _conclude(self, folder: Path, exitcode: int, ended: tuple[str, str] | None) -> Finished:
-        file = folder / LOG
-        log = file.read_bytes()[-8000:].decode(errors="replace") if file.exists() else ""
+        log = plainfiles.tail(folder / LOG, 8000).decode(errors="replace")
         if ended is not None:
             return Finished(folder, *ended, log)
         try:
-            result = json.loads((folder / RESULT).read_text())
-            if result["state"] not in STATES:
-                raise ValueError(f"state {result['state']!r}")
-            return Finished(folder, result["state"], str(result["reason"]), log, result)
-        except (OSError, ValueError, KeyError, TypeError):  # none, or one that `jobs.run` did not write
+            result = sound(json.loads(plainfiles.read_plain(folder / RESULT, MOST_RESULT, follow=False)))
+            return Finished(folder, result["state"], result["reason"], log, result)
+        except (OSError, ValueError, RecursionError):  # none, or one that `jobs.run` did not write
             if exitcode == -signal.SIGKILL:
                 return Finished(folder, "killed", "was killed (SIGKILL), perhaps for memory; try fewer --workers", log)
-            how = signal.Signals(-exitcode).name if exitcode < 0 else f"exit status {exitcode}"
+            how = signal_name(-exitcode) if exitcode < 0 else f"exit status {exitcode}"
             return Finished(folder, "killed", f"its process ended without a result ({how})", log)
 
     def close(self) -> None:
@@ -282,4 +315,4 @@ class Local:
         self._running.clear()
 
 
-__all__ = ["Finished", "Isolation", "Local", "Progress"]
+__all__ = ["Finished", "Isolation", "Local", "Progress", "sound"]

@@ -210,7 +210,7 @@ def _told(rows: Sequence[Row], names: Sequence[tuple[str, str]]) -> tuple[str, .
 def _printable(row: Row) -> Row:
     names = (
         "dataset", "model", "attack", "defense", "preset", "budget", "precision", "isolation", "device", "verdict",
-        "surrogate", "controls", "rebuild",
+        "surrogate", "controls", "rebuild", "blame",
     )  # fmt: skip
     safe: dict[str, Any] = {name: one_line(getattr(row, name), 200) for name in names}
     return replace(row, reason=one_line(row.reason, 300), **safe)
