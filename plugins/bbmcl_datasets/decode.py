@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from backdoorbench_mcl.api import UserError
 FORMATS = ("PNG", "JPEG", "PPM", "BMP")  # a short list: every further decoder is attack surface
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp"})
 MAX_PIXELS = 64_000_000  # decompression-bomb guard, below the size at which PIL itself only warns
+MAX_BYTES = 256 << 20  # of an encoded image: MAX_PIXELS take 192 MB where nothing is compressed
+MAX_CLASSES = 1 << 16  # predictions are stored as 16 bits
+LARGE = 4_000_000  # pixels: of images above, one is decoded at a time, at up to 11 bytes a pixel
 _CHUNK = 256  # images in flight: keeps the hand-over to threads cheap for small images
 _CHUNK_BYTES = 16 << 20  # decoded bytes in flight: bounds memory for large images
 
@@ -42,6 +46,8 @@ def note(heads: Iterable[bytes]) -> str:
 
 def whole(size: int) -> Shaping:
     """The whole image resized to size x size: PIL bilinear, aspect not kept (spec 2.2, 2.3)."""
+    if size * size > MAX_PIXELS:
+        raise UserError(f"size={size} was given, expected at most {int(MAX_PIXELS**0.5)}")
     return lambda image: image.resize((size, size), Image.Resampling.BILINEAR)
 
 
@@ -72,8 +78,9 @@ def centre(size: int) -> Shaping:
 # ---------------------------------------------------------------- decoding
 
 
-def decode(data: bytes, where: str, shaping: Shaping | None) -> Pixels:
-    """One encoded image -> uint8 (3, H, W); grey becomes RGB, alpha is dropped. shaping: applied to the RGB image.
+def decode(data: bytes, where: str, shaping: Shaping | None, turn: AbstractContextManager[Any] | None = None) -> Pixels:
+    """One encoded image -> uint8 (3, H, W); grey becomes RGB, alpha is dropped. shaping: applied to the RGB image;
+    turn: held while a large image is decoded.
 
     Raises UserError that names `where` for anything that is not a readable 8-bit image.
     """
@@ -86,9 +93,10 @@ def decode(data: bytes, where: str, shaping: Shaping | None) -> Pixels:
                 raise UserError(
                     f"{where}: pixels of mode {image.mode}, expected 8 bits a channel; convert the image first"
                 )
-            rgb = image.convert("RGB")
-        if shaping is not None:
-            rgb = shaping(rgb)
+            with turn if turn is not None and width * height > LARGE else nullcontext():
+                rgb = image.convert("RGB")
+                if shaping is not None:
+                    rgb = shaping(rgb)
     except (
         OSError,
         ValueError,
@@ -118,9 +126,12 @@ def stack(
     with tempfile.TemporaryFile() as file, ThreadPoolExecutor(max_workers=4) as pool:
         remaining = iter(blobs)
         count = 4  # until the first image has told how large they are
-        while chunk := list(islice(remaining, count)):
+        turn = threading.Lock()
+        while chunk := _gathered(remaining, count):
             quarters = [chunk[i::4] for i in range(4)]
-            decoded = list(pool.map(lambda part: [decode(data, where, shaping) for where, data in part], quarters))
+            decoded = list(
+                pool.map(lambda part: [decode(data, where, shaping, turn) for where, data in part], quarters)
+            )
             for i, (where, _) in enumerate(chunk):
                 image = decoded[i % 4][i // 4]
                 shape = image.shape if shape is None else shape
@@ -138,6 +149,16 @@ def stack(
         _write(file, None)
         assert shape is not None
         return np.memmap(file, np.uint8, "c", shape=(sum(kept), *shape)), np.array(kept, np.bool_)
+
+
+def _gathered(remaining: Iterator[tuple[str, bytes]], count: int) -> list[tuple[str, bytes]]:
+    """The next `count` encoded images, fewer where they are large: a small picture may come with much beside it."""
+    out: list[tuple[str, bytes]] = []
+    held = 0
+    while len(out) < count and held < _CHUNK_BYTES and (blob := next(remaining, None)) is not None:
+        out.append(blob)
+        held += len(blob[1])
+    return out
 
 
 def _write(file: IO[bytes], image: Pixels | None) -> None:

@@ -21,8 +21,9 @@ import numpy.typing as npt
 import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Source, UserError
+from backdoorbench_mcl.kit import read_file
 
-from .decode import SUFFIXES, argument, decode, locate, note, stack, statistics, whole_if
+from .decode import MAX_BYTES, MAX_CLASSES, SUFFIXES, argument, decode, locate, note, stack, statistics, whole_if
 
 TEST_NAMES = ("test", "val", "validation")
 
@@ -58,26 +59,27 @@ def listing(folder: Path, names: Sequence[str]) -> Listing:
     files: list[Path] = []
     labels: list[int] = []
     folders = class_folders(folder)
+    label_of = {name: label for label, name in enumerate(names)}
     for path in folders:
-        if path.name not in names:
-            raise UserError(f"{path}: no such class in the training images; expected {', '.join(names)}")
+        if path.name not in label_of:
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            raise UserError(f"{path}: no such class in the training images; expected {', '.join(names[:20])}{more}")
         inside = images_in(path)
         files.extend(inside)
-        labels.extend([names.index(path.name)] * len(inside))
+        labels.extend([label_of[path.name]] * len(inside))
     return Listing(tuple(files), tuple(labels), (folder, *folders))
 
 
 def read(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
     """Every file's bytes, with its name for messages."""
     for path in files:
-        try:
-            yield str(path), path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        yield str(path), read_file(path, MAX_BYTES)
 
 
 def head(path: Path) -> bytes:
     """The first bytes of a file, which tell its format."""
+    if not path.is_file():
+        raise UserError(f"{path}: is no ordinary file; remove it, or what it is linked to")
     try:
         with path.open("rb") as file:
             return file.read(3)
@@ -124,9 +126,10 @@ class Folder(Dataset):
         try:
             train = folder / "train" if (folder / "train").is_dir() else folder
             names = [path.name for path in class_folders(train)]
-            if len(names) < 2:
+            if not 2 <= len(names) <= MAX_CLASSES:
                 raise UserError(
-                    f"{train}: holds {len(names)} class folders, expected at least 2: {self.name}:PATH/CLASS/IMAGE"
+                    f"{train}: holds {len(names)} class folders, expected at least 2 and at most {MAX_CLASSES:,}: "
+                    f"{self.name}:PATH/CLASS/IMAGE"
                 )
             if train is folder:
                 return folder, names, listing(folder, names), None

@@ -135,10 +135,11 @@ def _by_csv(folder: Path, table: Path) -> Listing:
     files: list[Path] = []
     labels: list[int] = []
     for i, (name, label) in enumerate(_rows(table)):
-        if not name or Path(name).name != name or not label.strip().isdecimal() or int(label) >= CLASSES:
+        known = re.fullmatch(r"\d{1,9}", label.strip(), re.ASCII) is not None and int(label) < CLASSES
+        if not name or Path(name).name != name or not known:
             raise UserError(
-                f"{table}, image {i}: Filename {name!r} and ClassId {label!r}; expected a name and 0 to {CLASSES - 1}, "
-                f"as in {ARCHIVES[TRUTH]}.zip"
+                f"{table}, image {i}: Filename {name[:80]!r} and ClassId {label[:80]!r}; expected a name and "
+                f"0 to {CLASSES - 1}, as in {ARCHIVES[TRUTH]}.zip"
             )
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing, but {table.name} lists it; unpack the archive again")

@@ -23,7 +23,7 @@ import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Source, UserError
 
-from .decode import argument, decode, locate, note, stack, statistics, whole_if
+from .decode import MAX_BYTES, MAX_CLASSES, argument, decode, locate, note, stack, statistics, whole_if
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
@@ -76,9 +76,19 @@ def columns(path: Path) -> tuple[str, str]:
     return image, label
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, image: str | None = None) -> Any:
+    """image: the column of images, of which each different one is held once: a file of 1 kB may say "these 20 MB" two
+    thousand times.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: is no ordinary file; expected a Parquet file")
     try:
-        return pq.ParquetFile(path)
+        if image is None:
+            return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        repeated = [c.path for c in columns if c.path in (image, f"{image}.bytes") and c.physical_type == "BYTE_ARRAY"]
+        return pq.ParquetFile(path, read_dictionary=repeated)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
 
@@ -89,10 +99,12 @@ def _line(error: Exception) -> str:
 
 def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """The values of some columns, row by row, as Python objects."""
-    file = _open(path)
+    file = _open(path, next((name for name in names if name in IMAGE_COLUMNS), None))
     try:
         for batch in file.iter_batches(_ROWS, columns=list(names)):
-            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+            found = [batch.column(name) for name in names]
+            for row in range(len(batch)):
+                yield tuple(column[row].as_py() for column in found)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error
 
@@ -101,6 +113,8 @@ def _bytes(value: Any, path: Path, row: int) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         raise UserError(f"{path}, row {row}: holds no image bytes; expected an encoded image in the file itself")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}, row {row}: {len(data):,} bytes, more than the {MAX_BYTES:,} that are accepted")
     return data
 
 
@@ -116,8 +130,8 @@ def labels(files: Sequence[Path]) -> npt.NDArray[np.int64]:
     out: list[int] = []
     for path in files:
         for row, (value,) in enumerate(rows(path, columns(path)[1:])):
-            if not isinstance(value, int) or value < 0:
-                raise UserError(f"{path}, row {row}: label {value!r}, expected an integer from 0")
+            if not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
+                raise UserError(f"{path}, row {row}: label {value!r}, expected an integer from 0 to {MAX_CLASSES - 1}")
             out.append(value)
     return np.array(out, np.int64)
 
@@ -127,8 +141,10 @@ def class_names(path: Path) -> list[str] | None:
     label = columns(path)[1]
     try:
         found = json.loads(_open(path).schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
+    if isinstance(found, list) and len(found) > MAX_CLASSES:
+        raise UserError(f"{path}: names {len(found):,} classes, expected at most {MAX_CLASSES:,}")
     return [str(name) for name in found] if isinstance(found, list) else None
 
 
