@@ -31,6 +31,7 @@ from backdoorbench_mcl.api import Images
 from backdoorbench_mcl.artefacts import Damaged
 from backdoorbench_mcl.engines.local import Local
 from backdoorbench_mcl.errors import PluginError, UserError
+from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.snapshots import FolderSnapshot
 from backdoorbench_mcl.store import Stage, Store
 from bbmcl_datasets import decode
@@ -460,6 +461,18 @@ def test_one_image_of_many_megabytes_said_a_thousand_times_is_held_once(tmp_path
     assert len(decode._gathered(images, 256)) == 1  # nor are 256 of them in flight
 
 
+def test_a_column_that_ends_early_is_not_half_a_data_set(tmp_path: Path) -> None:
+    """A flipped bit in the kind of a page: pyarrow gives no rows, and no error."""
+    write_parquet(tmp_path, pixels(6, 2, (3, 8, 8)), pixels(6, 2, (3, 8, 8)))
+    file = next(tmp_path.glob("train*"))
+    content = bytearray(file.read_bytes())
+    assert content[4:6] == b"\x15\x04"  # the first field of the first page's header: a page of the dictionary
+    content[5] = 6  # a page of an index, which readers pass over
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"has 0 readable rows of 6|cannot be read to its end"):
+        Parquet(path=str(tmp_path)).load("train", None)
+
+
 def test_labels_of_absurdly_many_digits_are_named(tmp_path: Path) -> None:
     write_signs(tmp_path / "GTSRB" / "Final_Training" / "Images")
     test = tmp_path / "GTSRB" / "Final_Test" / "Images"
@@ -472,6 +485,15 @@ def test_labels_of_absurdly_many_digits_are_named(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- reports
+
+
+def test_a_report_of_odd_rows_is_written_all_the_same() -> None:
+    """A re-tuned row without its number of images, and a title that cannot be encoded, ended in a traceback."""
+    row = make("badnets", "ft", 5.0, 80.0, retuned_asr=99.0)
+    assert "after 10 steps on 0 triggered images" in report.render([row], "table", width=200)
+    assert page([row], title="a\ud800b").encode()
+    victim = dataclasses.replace(make("badnets", "before", 99.0, 83.0), clean_rate=0.01)  # belongs to no repair
+    assert "99.00" in report.render([victim, make("badnets", "ft", 5.0, 80.0)], "table", width=200)
 
 
 def test_blame_and_state_cannot_reach_the_terminal() -> None:

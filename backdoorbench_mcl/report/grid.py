@@ -169,9 +169,9 @@ def build(rows: Sequence[Row]) -> list[Block]:
         victims = [row for row in protocol if row.defense == BEFORE]
         repaired = [row for row in protocol if row.defense != BEFORE]
         groups = _grouped(repaired, lambda r: (r.clean_rate, _recipe(r, "train"), _recipe(r, "defend"), excluding(r)))
-        for train in _grouped(victims, lambda r: _recipe(r, "train")):
-            if all(recipe not in ("", train) for _, recipe, _, _ in groups):
-                groups[None, train, "", False] = []
+        for rate, train in _grouped(victims, lambda r: (r.clean_rate, _recipe(r, "train"))):
+            if not any(recipe in ("", train) and rate in (None, other) for other, recipe, _, _ in groups):
+                groups[rate, train, "", False] = []
         several = _recipes(protocol)
         for (rate, train, _, excluded), group in groups.items():
             fitting = [r for r in victims if r.clean_rate in (None, rate) and _recipe(r, "train") in ("", train)]

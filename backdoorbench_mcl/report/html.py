@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..rows import Row
 from ..store import Store
+from ..text import one_line
 from . import grid, inference, notes, paper
 from .drill import Drill
 from .evidence import Evidence
@@ -58,7 +59,7 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     data, lines = drill.data(plots.room)
     script = _asset("page.js")
     return _template().render(
-        title=title, banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
+        title=one_line(title), banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
         css=_safe(_asset("page.css")),
         script=_safe(script), script_hash=_policy_hash(script),
         data=_safe(_json(data)), left_out=[*plots.left_out(), *lines],

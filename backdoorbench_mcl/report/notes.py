@@ -240,7 +240,7 @@ def details_legend(block: Block) -> str:
     """What the headings mean."""
     if not retuned(block):
         return DETAILS_LEGEND
-    counts = _range([row.retuned_images for row in block.rows if row.retuned_images is not None])
+    counts = _range([row.retuned_images for row in block.rows if row.retuned_images is not None] or [0])
     clean = any(row.retuned_clean_images is not None for row in block.rows)
     control = "; in the line Before: of a clean model after the same steps" if clean else ""
     return (

@@ -100,13 +100,17 @@ def _line(error: Exception) -> str:
 def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """The values of some columns, row by row, as Python objects."""
     file = _open(path, next((name for name in names if name in IMAGE_COLUMNS), None))
+    count = 0
     try:
         for batch in file.iter_batches(_ROWS, columns=list(names)):
             found = [batch.column(name) for name in names]
             for row in range(len(batch)):
                 yield tuple(column[row].as_py() for column in found)
+            count += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error
+    if count != file.metadata.num_rows:  # a damaged page may end a column without an error
+        raise UserError(f"{path}: has {count} readable rows of {file.metadata.num_rows}; is it complete?")
 
 
 def _bytes(value: Any, path: Path, row: int) -> bytes:
