@@ -83,7 +83,7 @@ class Plots:
             self._left_out.append(f"{title}: left out, to keep the page small.")
             return []
         self.room -= size
-        return [Markup(markup)]
+        return [Markup(markup)]  # noqa: S704 (drawn by matplotlib, which escapes labels)
 
 
 __all__ = ["MAX_CELLS", "MAX_MODELS", "Plots"]
