@@ -39,6 +39,10 @@ _CHANGES: Mapping[str, str] = {  # every way in which a store changes; replayed 
     "row": "INSERT INTO row VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET state = excluded.state, "
     "data = excluded.data, created = excluded.created WHERE row.state != 'ok' OR excluded.state = 'ok'",
 }
+_ALL: Mapping[str, str] = {  # kind of change -> what is stored of it
+    "stage": "SELECT * FROM stage ORDER BY rowid", "attempt": "SELECT * FROM attempt ORDER BY rowid",
+    "row": "SELECT * FROM row ORDER BY rowid",
+}  # fmt: skip
 _UNSOUND = (  # zeros in the middle of a text leave the structure whole, which is all that SQLite checks itself
     "SELECT 1 FROM stage WHERE NOT (json_valid(spec) AND json_valid(numerics) AND json_valid(cost)) OR "
     "instr(key, char(0)) OR length(artefact) != 64 OR kind = '' OR instr(kind, char(0))",
@@ -248,7 +252,8 @@ class Ledger:
         _replay(db, changes)
         _note(db, _size(journal))
         db.execute("COMMIT")
-        stages, rows = (db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in ("stage", "row"))
+        counted = "SELECT (SELECT COUNT(*) FROM stage), (SELECT COUNT(*) FROM row)"
+        stages, rows = db.execute(counted).fetchone()
         db.close()
         sync(fresh)
         kept = self._set_aside(file)
@@ -333,12 +338,25 @@ def _changes(file: Path, start: int = 0) -> tuple[list[list[Any]], int]:
     with file.open("rb") as found:
         found.seek(start)
         for line in found:
-            text = _text(line)
-            if text is None:
+            change = _change(line)
+            if change is None:
                 unreadable += 1
             else:
-                changes.append(json.loads(text))
+                changes.append(change)
     return changes, unreadable
+
+
+def _change(line: bytes) -> list[Any] | None:
+    """The change that a line tells, None for anything else: the journal may be a stranger's."""
+    text = _text(line)
+    try:
+        change = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(change, list) or not change or not isinstance(change[0], str) or change[0] not in _CHANGES:
+        return None
+    fits = len(change) == 1 + _CHANGES[change[0]].count("?")
+    return change if fits and all(isinstance(value, (str, int, float)) for value in change[1:]) else None
 
 
 def _text(line: bytes) -> bytes | None:
@@ -356,8 +374,8 @@ def _rewrite(file: Path, db: sqlite3.Connection) -> None:
     """A journal of what a database holds."""
     fresh = file.with_name(f"{file.name}.new")
     with fresh.open("wb") as out:
-        for kind in ("stage", "attempt", "row"):
-            for values in db.execute(f"SELECT * FROM {kind} ORDER BY rowid"):
+        for kind, query in _ALL.items():
+            for values in db.execute(query):
                 out.write(_line([kind, *values]))
         out.flush()
         os.fsync(out.fileno())

@@ -27,6 +27,7 @@ from .rows import Row
 from .text import one_line
 
 _FOLDERS = ("artefacts", "snapshots", "locks")
+_STAGES = "SELECT key, kind, spec, artefact, numerics, cost FROM stage"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Store:
     def stage(self, key: str) -> Stage | None:
         """The finished stage, or None. Its artefact is checked when it is opened."""
         with self._reading():
-            found = self.ledger.read("SELECT key, kind, spec, artefact, numerics, cost FROM stage WHERE key = ?", key)
+            found = self.ledger.read(_STAGES + " WHERE key = ?", key)
             return _stage(found[0]) if found else None
 
     @contextmanager
@@ -134,9 +135,7 @@ class Store:
     def stages(self) -> list[Stage]:
         """Every finished stage, oldest first."""
         with self._reading():
-            found = self.ledger.read(
-                "SELECT key, kind, spec, artefact, numerics, cost FROM stage ORDER BY created, key"
-            )
+            found = self.ledger.read(_STAGES + " ORDER BY created, key")
             return [_stage(record) for record in found]
 
     def open(self, stage: Stage) -> Path:

@@ -98,7 +98,7 @@ def draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
     Example: three of a grid of 3 x 3 defended cells share neither attack nor defense.
     """
-    waiting = random.Random(seed).sample(rows, len(rows))
+    waiting = random.Random(seed).sample(rows, len(rows))  # noqa: S311 (a draw that can be had again)
     drawn: list[Row] = []
     used: Counter[tuple[str, str]] = Counter()
     while waiting and len(drawn) < count:

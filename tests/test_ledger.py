@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -135,6 +136,33 @@ def test_what_cannot_be_read_of_the_journal_is_counted(tmp_path: Path) -> None:
     store = Store(runs, told.append)
     assert len(store.rows()) == 12  # that line was of a row which was written again later
     assert "; 1 lines of the journal could not be read;" in told[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '["row"]', '["drop table row"]', '["row", [], {}, null, 1]',
+             '["attempt", "k", {}, "", "", "", 1]', '[["row"], 1]', "[" * 100_000, "not json"],
+)  # fmt: skip
+def test_a_strange_journal_is_read_for_what_is_a_change(tmp_path: Path, text: str) -> None:
+    runs = filled(tmp_path)
+    before = content(runs)
+    with (runs / JOURNAL).open("ab") as out:
+        out.write(b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
+    (runs / DATABASE).unlink()
+    told: list[str] = []
+    Store(runs, told.append).close()
+    assert "; 1 lines of the journal could not be read;" in told[0]
+    assert content(runs) == before
+
+
+def test_a_database_that_runs_code_is_not_opened(tmp_path: Path) -> None:
+    """A trigger of a stranger's would run with each statement of ours; the journal holds data alone."""
+    runs = filled(tmp_path)
+    before = content(runs)
+    with sqlite3.connect(runs / DATABASE) as db:
+        db.execute("CREATE TRIGGER evil AFTER INSERT ON row BEGIN DELETE FROM stage; END")
+    Store(runs, lambda line: None).close()
+    assert content(runs) == before
+    assert (runs / "store.sqlite.damaged-1").exists()
 
 
 def test_a_change_that_was_journalled_and_never_committed_is_made_up_for(tmp_path: Path) -> None:
