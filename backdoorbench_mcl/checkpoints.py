@@ -81,7 +81,7 @@ def read(file: Path, *, limit_bytes: int = LIMIT, entry: str | None = None) -> C
             found = _read(stream, limit_bytes, entry)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; expected a file of weights") from error
-    except (ValueError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, struct.error) as error:
+    except (ValueError, OverflowError, zipfile.BadZipFile, RuntimeError, EOFError, struct.error) as error:
         raise UserError(one_line(f"{file}: {_reason(error)}; {_EXPECTED}", 600)) from error
     names = [name for name, tensor in found.tensors.items() if _not_finite(tensor)]
     return replace(found, nonfinite=tuple(names))
@@ -89,7 +89,11 @@ def read(file: Path, *, limit_bytes: int = LIMIT, entry: str | None = None) -> C
 
 def _reason(error: Exception) -> str:
     text = one_line(str(error), 300)
-    return f"is damaged ({text})" if isinstance(error, zipfile.BadZipFile | EOFError | struct.error) else text
+    return (
+        f"is damaged ({text})"
+        if isinstance(error, zipfile.BadZipFile | EOFError | OverflowError | struct.error)
+        else text
+    )
 
 
 def _not_finite(tensor: Tensor) -> bool:

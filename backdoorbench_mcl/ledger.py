@@ -51,6 +51,9 @@ _UNSOUND = (  # zeros in the middle of a text leave the structure whole, which i
 )
 
 
+_FAULTS = (sqlite3.Error, UnicodeDecodeError)  # the second where SQLite quotes what is damaged
+
+
 class _Torn(Exception):
     """The database is not what was written."""
 
@@ -112,7 +115,7 @@ class Ledger:
         """The rows of a query. Raises UserError."""
         try:
             return self._db.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise UserError(self.unusable(error)) from error
 
     @contextmanager
@@ -128,7 +131,7 @@ class Ledger:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
+        except (*_FAULTS, OSError) as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise UserError(self.unusable(error)) from error
@@ -210,7 +213,7 @@ class Ledger:
                 raise _Torn("a record is unreadable")
             if self.writable:
                 self._match(db)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             db.close()
             if "locked" in str(error):
                 raise UserError(self.unusable(error)) from error

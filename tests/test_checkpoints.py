@@ -332,6 +332,15 @@ def test_a_zip_may_neither_compress_nor_repeat_nor_be_damaged(tmp_path: Path) ->
         read(rewritten(file, lambda name, data: b"big" if name.endswith("byteorder") else data))
 
 
+def test_an_entry_beyond_all_files_is_damage(tmp_path: Path) -> None:
+    """Its place is a number of 64 bits, which no seek takes."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"x")
+        archive.getinfo("x/data.pkl").header_offset = 2**64 - 2
+    with pytest.raises(UserError, match="damaged"):
+        read(tmp_path / "x.pt")
+
+
 def test_limits_hold_before_anything_is_read(tmp_path: Path) -> None:
     weights = {"a": torch.zeros(1000), "b": torch.zeros(1000)}
     for layout in LAYOUTS:

@@ -206,6 +206,19 @@ def test_a_database_that_brings_code_or_lacks_tables_is_refused(tmp_path: Path) 
         Store(tmp_path)
 
 
+def test_a_damaged_database_whose_error_is_no_text_is_one_line(tmp_path: Path) -> None:
+    """SQLite quotes the damaged name in its error, and Python cannot decode that."""
+    Store(tmp_path).close()
+    file = tmp_path / "store.sqlite"
+    file.write_bytes(
+        file.read_bytes()
+        .replace(b"tableattempt", b"table\xffttempt")
+        .replace(b"CREATE TABLE attempt", b"CREATE TABLO attempt")
+    )
+    with pytest.raises(UserError, match="cannot be used"):
+        Store(tmp_path)
+
+
 # ---------------------------------------------------------------- what jobs leave
 
 
