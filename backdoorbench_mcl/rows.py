@@ -15,6 +15,7 @@ FINAL_STATES: frozenset[str] = frozenset({"ok", "n/a", "diverged"})
 SCHEMA = 1
 _TUPLES = ("knows", "strays", "changed", "overrides")
 _SECTIONS = ("attack", "model", "dataset", "defense", "inverter", "train", "defend", "control")  # of `params`: mappings
+_PERCENT = ("asr", "ba", "ba_nt", "tca", "ra", "ftr", "asr_before", "ba_before", "tca_before", "ftr_before")
 _DEEP = 40  # levels of `params`
 _NESTED = (Mapping, list, tuple)
 
@@ -126,6 +127,9 @@ class Row:
         for f in fields(cls):
             if f.name in given and not any(_TYPES[part](given[f.name]) for part in str(f.type).split(" | ")):
                 raise ValueError(f"{f.name} of a row is {str(given[f.name])[:80]!r}, expected {f.type}")
+        for name in _PERCENT:
+            if given.get(name) is not None and (given[name] < 0 or given[name] > 100):  # NaN is neither
+                raise ValueError(f"{name} of a row is {given[name]}, expected 0 to 100")
         if not all(map(_is_key, (given.get("key", ""), *given.get("stages", {}).values()))):
             raise ValueError("the key of a row, or of one of its stages, is no key")
         _check_params(given.get("params", {}))

@@ -171,6 +171,8 @@ def test_a_snapshot_of_something_else_is_none(tmp_path: Path) -> None:
         "[]", "{", DEEP, "null", '{"key": 1}', '{"key": "k"}',
         json.dumps({**make("a", "ft").as_dict(), "asr": "x"}), json.dumps({**make("a", "ft").as_dict(), "knows": [1]}),
         json.dumps({**make("a", "ft").as_dict(), "asr": 10**400}),
+        json.dumps({**make("a", "ft").as_dict(), "ba": 1e20}),
+        json.dumps({**make("a", "ft").as_dict(), "asr": -1}),
         json.dumps({**make("a", "ft").as_dict(), "params": []}),
         json.dumps({**make("a", "ft").as_dict(), "state": "\x1b[31m"}),
         json.dumps({**make("a", "ft").as_dict(), "params": {"train": 1}}),
@@ -505,6 +507,7 @@ def test_a_report_of_odd_rows_is_written_all_the_same() -> None:
     row = make("badnets", "ft", 5.0, 80.0, retuned_asr=99.0)
     assert "after 10 steps on 0 triggered images" in report.render([row], "table", width=200)
     assert page([row], title="a\ud800b").encode()
+    assert page([dataclasses.replace(row, ba=1e20)])  # of which five points less are as much
     victim = dataclasses.replace(make("badnets", "before", 99.0, 83.0), clean_rate=0.01)  # belongs to no repair
     assert "99.00" in report.render([victim, make("badnets", "ft", 5.0, 80.0)], "table", width=200)
 

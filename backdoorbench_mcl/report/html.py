@@ -166,7 +166,7 @@ def _rank(rank: Rank, stat: Stat | None) -> str:
 def _colour(stat: Stat | None, good: float, bad: float) -> str:
     if stat is None:
         return "none"
-    share = min(1.0, max(0.0, (stat.mean - good) / (bad - good)))
+    share = min(1.0, max(0.0, (stat.mean - good) / (bad - good))) if bad != good else 0.0
     red, green, blue = (round(a + share * (b - a)) for a, b in zip(_LOW, _HIGH, strict=True))
     return f"rgb({red},{green},{blue})"
 
