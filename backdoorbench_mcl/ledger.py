@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, n INTEGER NOT NULL, state
 CREATE TABLE IF NOT EXISTS row (key TEXT PRIMARY KEY, state TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS journal (bytes INTEGER NOT NULL);
 """
+_RECORDS = frozenset({"stage", "attempt", "row"})
 _CHANGES: Mapping[str, str] = {  # every way in which a store changes; replayed in order they give the same tables
     "stage": "INSERT OR IGNORE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?)",
     "forget": "DELETE FROM stage WHERE key = ?",
@@ -88,7 +89,7 @@ class Ledger:
         self.writable = not readonly and os.access(folder, os.W_OK)
         self._lock: IO[bytes] | None = None
         if self.writable:
-            self._lock = (folder / LOCK).open("wb")
+            self._lock = (folder / LOCK).open("ab")  # which leaves the file as it is, its time included
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._db = self._open()
 
@@ -203,6 +204,8 @@ class Ledger:
                 )
             if self.writable:
                 _prepare(db)
+            elif not _RECORDS <= _tables(db):
+                raise UserError(f"the runs folder {self.folder} holds no results: its {DATABASE} has no tables")
             strange = db.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone()
             if strange is not None:  # code of others, which would run with each statement
                 raise sqlite3.DatabaseError(f"{DATABASE} holds the view or trigger {str(strange[0])[:80]!r}")
@@ -294,9 +297,12 @@ def _connect(file: Path, writable: bool) -> sqlite3.Connection:
 
 def _prepare(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA synchronous = FULL")
-    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not {"stage", "attempt", "row", "journal"} <= tables:
+    if not {*_RECORDS, "journal"} <= _tables(db):
         db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT")
+
+
+def _tables(db: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 def _noted(db: sqlite3.Connection) -> int:
