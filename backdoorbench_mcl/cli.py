@@ -225,6 +225,9 @@ def report(
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
     preset: Annotated[str | None, typer.Option(help="Only this preset.")] = None,
     budget: Annotated[str | None, typer.Option(help="Only this budget.")] = None,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="Without rows that an edited or updated method has left behind.")
+    ] = False,
 ) -> None:
     """Print the stored results again, in any format."""
     from . import documents, params, runner
@@ -239,7 +242,7 @@ def report(
         defense = defenses is None or row.defense in (BEFORE, *params.split(defenses))
         return one and attack and defense
 
-    rows = runner.stored_rows(runs, wanted)
+    rows = runner.stored_rows(runs, wanted, latest=latest)
     if not rows and fmt in ("table", "html"):
         _say("no stored row fits")
     if fmt == "html":

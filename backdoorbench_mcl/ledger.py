@@ -204,7 +204,7 @@ class Ledger:
                 )
             if self.writable:
                 _prepare(db)
-            elif not _RECORDS <= _tables(db):
+            elif _RECORDS - _tables(db):
                 raise UserError(f"the runs folder {self.folder} holds no results: its {DATABASE} has no tables")
             strange = db.execute("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone()
             if strange is not None:  # code of others, which would run with each statement

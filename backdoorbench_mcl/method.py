@@ -73,7 +73,10 @@ def schema(cls: type[Method]) -> type[BaseModel]:
                 f"{_where(cls)}: parameter {name!r} must be keyword-only: def __init__(self, *, {name}: ...)"
             )
         if name not in hints:
-            raise PluginError(f"{_where(cls)}: parameter {name!r} needs a type annotation, its bounds included")
+            raise PluginError(
+                f"{_where(cls)}: parameter {name!r} needs a type annotation, its bounds included, "
+                f"as in `{name}: Rate = 0.3`; Rate, Positive, Count and others are in backdoorbench_mcl.api"
+            )
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         columns[name] = (hints[name], default)
     return create_model(cls.__name__, __base__=_Strict, **columns)

@@ -254,10 +254,13 @@ def compute(
         store.close()
 
 
-def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True, readonly: bool = False) -> list[Row]:
+def stored_rows(
+    runs: Path, keep: Callable[[Row], bool] = lambda row: True, readonly: bool = False, latest: bool = False
+) -> list[Row]:
     """The rows of a runs folder that `keep` admits, by name and seed: not in the order in which they were finished.
 
-    readonly: as of `Store`. Raises UserError where there is no such folder.
+    readonly: as of `Store`. latest: without those that an edited or updated method has left behind.
+    Raises UserError where there is no such folder.
     """
     if not Store.exists(runs):
         raise UserError(
@@ -265,9 +268,27 @@ def stored_rows(runs: Path, keep: Callable[[Row], bool] = lambda row: True, read
         )
     store = Store(runs, readonly=readonly)
     try:
-        return sorted(filter(keep, store.rows()), key=_by_name)
+        found = list(filter(keep, store.rows()))
+        return sorted(newest(found) if latest else found, key=_by_name)
     finally:
         store.close()
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows, the oldest first, those that can stand in one table: where a label was given two settings or versions,
+    or a cell two results, those of the newest row.
+    """
+    settings: dict[tuple[Any, ...], Any] = {}
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in reversed(rows):
+        block = (row.dataset, row.model, row.preset, row.budget, row.precision)
+        labels = {"model": row.model, "attack": row.attack, "defense": row.defense}
+        own = {(*block, name, labels.get(name, (row.attack, row.defense))): value for name, value in row.params.items()}
+        cell = (*block, row.attack, row.defense, row.victim_seed, row.defense_seed, row.clean_rate)
+        if cell not in kept and all(settings.get(place, value) == value for place, value in own.items()):
+            settings |= own
+            kept[cell] = row
+    return list(kept.values())
 
 
 def _by_name(row: Row) -> tuple[Any, ...]:
@@ -282,6 +303,6 @@ def exit_status(rows: Sequence[Row]) -> int:
 
 
 __all__ = [
-    "MAX_WORKERS", "Resources", "Settings", "check", "check_data", "compute", "dry_run", "exit_status", "prepare_data",
-    "registry", "resources", "run_matrix", "stored_rows", "summary",
+    "MAX_WORKERS", "Resources", "Settings", "check", "check_data", "compute", "dry_run", "exit_status", "newest",
+    "prepare_data", "registry", "resources", "run_matrix", "stored_rows", "summary",
 ]  # fmt: skip

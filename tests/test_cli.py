@@ -253,7 +253,7 @@ def test_a_failed_cell_is_status_1_after_all_have_run(bbmcl: Bbmcl, finished: Pa
     assert done.returncode == 1, done.stderr
     rows = {row["defense"]: row for row in json.loads(done.stdout)}
     assert rows["offender(how=raise)"]["state"] == "failed"
-    assert rows["offender(how=raise)"]["reason"] == "ValueError: first line"
+    assert rows["offender(how=raise)"]["reason"] == "ValueError at bbmcl_toy_methods.py:282: first line"
     assert rows["ft"]["state"] == "ok"
     assert "Traceback" not in done.stderr
 

@@ -81,7 +81,7 @@ def snoop(runs: Path, wanted: dict[str, list[str]], isolation: str, files: bool)
     asked = small.options("blend", f"snoop(files={str(files).lower()}, needles=({hidden}))")
     rows = runner.run_matrix(asked, Settings(runs=runs, workers=1, threads=1, isolation=isolation), live=False)
     row = rows[-1]
-    assert row.reason.startswith("RuntimeError: {"), row.reason
+    assert row.reason.startswith("RuntimeError at bbmcl_toy_snoop.py"), row.reason
     told = json.loads(row.reason.partition(": ")[2])
     assert told["bytes"]["memory"] > 50e6  # it did look
     found: dict[str, set[str]] = {name: set() for name in wanted}

@@ -190,8 +190,8 @@ def test_the_control_has_no_asr_and_no_gate(tmp_path: Path) -> None:
 
 
 OFFENCES = {
-    "raise": ("failed", "ValueError: first line"),
-    "exit": ("failed", "SystemExit: 3"),
+    "raise": ("failed", "ValueError at bbmcl_toy_methods.py:282: first line"),
+    "exit": ("failed", "SystemExit at bbmcl_toy_methods.py:284: 3"),
     "segfault": ("killed", "SIGSEGV"),
     "kill": ("killed", "SIGKILL"),
     "nan": ("diverged", "weights are not finite"),

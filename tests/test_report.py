@@ -18,6 +18,7 @@ import pytest
 from made import make
 from rich.cells import cell_len
 
+from backdoorbench_mcl import runner
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.evaluate import MARKS
 from backdoorbench_mcl.report import FORMATS, Format, render
@@ -463,3 +464,21 @@ def test_the_line_before_tells_how_fast_a_clean_model_learns_the_trigger() -> No
     assert before.split()[-1] == "–"
     assert "of a clean model after the same steps" in " ".join(text.split())
     assert "of a clean model" not in render(rows[1:], "table", width=160)
+
+
+def test_the_newest_rows_stand_in_one_table() -> None:
+    """A method was edited and its version raised: the older rows stay stored, and one option leaves them out."""
+
+    def version(number: int, attack: str = "badnets", asr: float = 4.0, **more: Any) -> Row:
+        return make(attack, "mine", asr, key=f"{attack}{number}{more}", params={"defense": {"version": number}}, **more)
+
+    rows = [
+        make("badnets", "before", 99.0), version(1), version(1, victim=1), version(1, "blend"),
+        make("badnets", "ft", 9.0), version(2, asr=2.0), version(2, asr=1.0),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="see the newest with bbmcl report --latest"):
+        render(rows, "table")
+    kept = runner.newest(rows)
+    assert sorted((row.defense, row.asr_k) for row in kept) == [("before", 8910), ("ft", 810), ("mine", 90)]
+    assert render(kept, "table")
+    assert runner.newest(rows[:3]) == rows[2::-1]  # where all agree, all stay

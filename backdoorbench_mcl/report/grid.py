@@ -390,7 +390,7 @@ def _refuse_ambiguous(rows: Sequence[Row]) -> None:
         if len({row.stages["model"] for row in group if "model" in row.stages}) > 1:
             raise UserError(
                 f"the rows of attack {attack!r}, seed {seed}, come from different victims (recipe, data or a version "
-                "differs), so they cannot stand on one line; choose the rows of one run"
+                "differs), so they cannot stand on one line; see the newest with bbmcl report --latest"
             )
     cells = _grouped(rows, lambda r: (r.attack, r.defense, r.victim_seed, r.defense_seed))
     for (attack, defense, victim, draw), group in cells.items():
@@ -398,7 +398,7 @@ def _refuse_ambiguous(rows: Sequence[Row]) -> None:
             keys = " and ".join(row.key[:12] for row in group)
             raise UserError(
                 f"two results (keys {keys}) for {attack} / {defense}, victim seed {victim}, defense seed {draw}; "
-                "one table shows one of them: choose the rows of one run"
+                "one table shows one of them: see the newest with bbmcl report --latest"
             )
 
 
@@ -409,7 +409,8 @@ def _same_params(rows: Iterable[Row], section: str, by: Callable[[Row], tuple[st
             first, second, *_ = seen.values()
             raise UserError(
                 f"{kind} {label!r} stands for two settings in one table ({section}: {_difference(first, second)}); "
-                "write the parameters into the label, as in mcldef(temperature=0.1), or choose the rows of one run"
+                "write the parameters into the label, as in mcldef(temperature=0.1), or see the newest with bbmcl "
+                "report --latest"
             )
 
 

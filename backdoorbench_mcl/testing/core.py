@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
+from .. import api
 from ..describe import BASES, construct
 from ..method import Method
 from ..plugins import Kind
@@ -119,9 +120,10 @@ def label_of(subject: Subject) -> str:
 
 def as_api(value: object, kind: type, what: str) -> None:
     """Require that `what` returned an instance of `kind`, one of the classes of `api`."""
+    hint = "; end with `return model`, or with Repaired(model, rebuild, params)" if kind is api.Classifier else ""
     require(
         isinstance(value, kind),
-        f"{what} returned {type(value).__name__}, expected {kind.__name__} of backdoorbench_mcl.api",
+        f"{what} returned {type(value).__name__}, expected {kind.__name__} of backdoorbench_mcl.api{hint}",
     )
 
 

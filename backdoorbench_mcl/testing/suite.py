@@ -59,11 +59,16 @@ def parametrize_with_checks(
 def _bound(check: Check, subject: Subject) -> Callable[[], Any]:
     def run() -> None:
         import pytest
+        import torch
 
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as `bbmcl check` does: on tensors this small, threads wait for each other
         try:
             check(subject)
         except (Skipped, NotApplicable) as reason:
             pytest.skip(str(reason))
+        finally:
+            torch.set_num_threads(before)
 
     return run
 
