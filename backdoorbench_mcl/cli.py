@@ -331,7 +331,7 @@ def check(
     only: Annotated[str | None, typer.Option(metavar="LIST", help="Only these checks, separated by commas.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that one check may take.")] = 120.0,
 ) -> None:
-    """Check a method against the contract of plugins, sentence by sentence, on toys that take seconds."""
+    """Check a method against the contract of plugins, check by check, on toys that take seconds."""
     from . import authoring, checking, runner
 
     names = [part.strip() for part in (only or "").split(",") if part.strip()]
