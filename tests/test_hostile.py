@@ -519,3 +519,19 @@ def test_blame_and_state_cannot_reach_the_terminal() -> None:
     text = report.render([row], "table", width=200)
     assert "\x1b" not in text
     assert "\u202e" not in text
+
+
+def test_images_of_several_row_groups_are_read(tmp_path: Path) -> None:
+    """As in the usual file of CIFAR-10: rows that are read at once begin in one group and end in the next one."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (300, 3, 8, 8), np.uint8)
+    encoded = [{"bytes": encode(image), "path": None} for image in images]
+    for name in ("train", "test"):
+        table = pa.table({"img": encoded, "label": [i % 4 for i in range(300)]})
+        pq.write_table(
+            table, tmp_path / f"{name}.parquet", row_group_size=100, dictionary_pagesize_limit=5000, data_page_size=4000
+        )
+    encodings = pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0).column(0).encodings
+    assert {"PLAIN", "RLE_DICTIONARY"} <= set(encodings)
+    found = Parquet(path=str(tmp_path)).load("train", None)
+    assert np.array_equal(found.x.numpy(), images)
