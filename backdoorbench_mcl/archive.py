@@ -79,6 +79,7 @@ def load(store: Store, file: Path) -> tuple[int, int]:
                 index = _unpack(tar, Path(scratch))
             stages = [_stage(item) for item in index["stages"]]
             rows = [Row.from_dict(item) for item in index["rows"]]
+            json.dumps([*map(asdict, stages), *(row.as_dict() for row in rows)], allow_nan=False)  # or it is not stored
             for name in {stage.artefact for stage in stages}:
                 artefacts.require_plain(Path(scratch, "artefacts", name))
                 if artefacts.identify(Path(scratch, "artefacts", name)) != name:

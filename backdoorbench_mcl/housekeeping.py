@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ def survey(store: Store, days: float = 7.0) -> list[Item]:
     """Everything in the folder of `store`. days: what an interrupted run may go on from is kept for so long."""
     now = time.time()
     folder, stages = store.folder, store.stages()
-    needed = _needed(store, stages)
+    created = {str(key): float(when) for key, when in store.ledger.read("SELECT key, created FROM stage")}
+    young = {key for key, when in created.items() if now - when < days * DAY}
+    finished = {stage.key for stage in stages}
+    paused = [path for path in _listed(folder / "snapshots") if path.name not in finished and not _old(path, now, days)]
+    needed = {stage.artefact for stage in stages} if paused else _needed(store, stages, young)  # by what, is not known
     by_artefact: dict[str, list[Stage]] = {}
     for stage in stages:
         by_artefact.setdefault(stage.artefact, []).append(stage)
@@ -44,14 +48,13 @@ def survey(store: Store, days: float = 7.0) -> list[Item]:
     for path in _artefacts(folder / "artefacts"):
         users = by_artefact.get(path.name, [])
         what = users[0].kind if users else "artefacts of no stage"
-        why = "" if path.name in needed else _idle(path, now, days, "no row needs it")
+        why = "" if path.name in needed or not _old(path, now, days) else "no row needs it"
         items.append(Item(what, path, _size(path), why, tuple(stage.key for stage in users) if why else ()))
     for path in sorted((folder / "artefacts").glob("tmp-*")):
-        items.append(Item("half-written", path, _size(path), "its process is gone"))
-    finished = {stage.key for stage in stages}
-    for path in sorted((folder / "snapshots").iterdir()):
-        why = "its stage is finished" if path.name in finished else _idle(path, now, days, "nobody went on from it")
-        items.append(Item("snapshots", path, _size(path), why))
+        items.append(Item("half-written", path, _size(path), "unless a run is writing it"))
+    for path in _listed(folder / "snapshots"):
+        why = "its stage is finished" if path.name in finished else "nobody went on from it"
+        items.append(Item("snapshots", path, _size(path), "" if path in paused else why))
     items += [
         Item("damaged databases", path, _size(path), "it was made again from the journal")
         for path in sorted(folder.glob(f"{DATABASE}.damaged-*"))
@@ -118,17 +121,17 @@ def _total(items: Iterable[Item]) -> int:
     return sum(item.size for item in items)
 
 
-def _needed(store: Store, stages: Sequence[Stage]) -> set[str]:
-    """Names of the artefacts that rows were scored from, however far back."""
+def _needed(store: Store, stages: Sequence[Stage], young: Collection[str]) -> set[str]:
+    """Names of the artefacts that rows were scored from, and those of `young` stages, however far back."""
     by_key = {stage.key: stage for stage in stages}
-    unseen = {key for row in store.rows() for key in row.stages.values()} & by_key.keys()
+    unseen = {key for row in store.rows() for key in row.stages.values()} & by_key.keys() | set(young)
     reached: set[str] = set()
     while unseen:
         key = unseen.pop()
         reached.add(key)
         unseen |= set(_texts(by_key[key].spec)) & by_key.keys() - reached  # a spec names the stages that it builds on
     needed = {by_key[key].artefact for key in reached}
-    return needed.union(*(by_key[key].numerics.get("inputs", {}).values() for key in reached))
+    return needed.union(*(set(_texts(by_key[key].numerics.get("inputs", {}))) for key in reached))
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -147,18 +150,27 @@ def _artefacts(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _idle(path: Path, now: float, days: float, why: str) -> str:
-    """`why`, where nothing was written to a folder for `days`."""
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _old(path: Path, now: float, days: float) -> bool:
+    """Whether nothing was written to a folder for `days`."""
     file = path / META
-    newest = (file if file.exists() else path).stat().st_mtime
-    return why if now - newest >= days * DAY else ""
+    try:
+        return now - os.lstat(file if file.exists() else path).st_mtime >= days * DAY
+    except FileNotFoundError:  # a run has just removed it
+        return False
 
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder; links count as themselves."""
     if path.is_dir() and not path.is_symlink():
-        return sum(os.lstat(os.path.join(at, name)).st_size for at, _, names in os.walk(path) for name in names)
-    return os.lstat(path).st_size if os.path.lexists(path) else 0
+        return sum(_size(Path(at, name)) for at, _, names in os.walk(path) for name in names)
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:  # files come and go beside a run
+        return 0
 
 
 __all__ = ["Item", "human", "lines", "reclaim", "survey"]

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import sqlite3
+import time
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from .artefacts import sync
 from .errors import UserError
@@ -30,26 +33,30 @@ CREATE TABLE IF NOT EXISTS stage (key TEXT PRIMARY KEY, kind TEXT NOT NULL, spec
 CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, n INTEGER NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
     log TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY (key, n));
 CREATE TABLE IF NOT EXISTS row (key TEXT PRIMARY KEY, state TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS journal (bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS journal (bytes INTEGER NOT NULL, generation TEXT NOT NULL);
 """
 _RECORDS = frozenset({"stage", "attempt", "row"})
 _CHANGES: Mapping[str, str] = {  # every way in which a store changes; replayed in order they give the same tables
     "stage": "INSERT OR IGNORE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?)",
     "forget": "DELETE FROM stage WHERE key = ?",
+    "generation": "SELECT ?",  # the first line of a journal: which one it is
     "attempt": "INSERT OR IGNORE INTO attempt VALUES (?, ?, ?, ?, ?, ?)",
     "row": "INSERT INTO row VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET state = excluded.state, "
     "data = excluded.data, created = excluded.created WHERE row.state != 'ok' OR excluded.state = 'ok'",
 }
+_JSON: Mapping[str, tuple[int, ...]] = {  # kind of change -> which of its values are JSON
+    "stage": (3, 5, 6), "row": (3,), "attempt": (), "forget": (), "generation": (),
+}  # fmt: skip
 _ALL: Mapping[str, str] = {  # kind of change -> what is stored of it
     "stage": "SELECT * FROM stage ORDER BY rowid", "attempt": "SELECT * FROM attempt ORDER BY rowid",
     "row": "SELECT * FROM row ORDER BY rowid",
 }  # fmt: skip
-_UNSOUND = (  # zeros in the middle of a text leave the structure whole, which is all that SQLite checks itself
-    "SELECT 1 FROM stage WHERE NOT (json_valid(spec) AND json_valid(numerics) AND json_valid(cost)) OR "
+_UNSOUND: Mapping[str, str] = {  # zeros in the middle of a text leave the structure whole, which is all SQLite checks
+    "SELECT 1 FROM stage WHERE ": "NOT (json_valid(spec) AND json_valid(numerics) AND json_valid(cost)) OR "
     "instr(key, char(0)) OR length(artefact) != 64 OR kind = '' OR instr(kind, char(0))",
-    "SELECT 1 FROM row WHERE NOT json_valid(data) OR instr(key, char(0)) OR instr(state, char(0))",
-    "SELECT 1 FROM attempt WHERE instr(key, char(0)) OR instr(state, char(0))",
-)
+    "SELECT 1 FROM row WHERE ": "NOT json_valid(data) OR instr(key, char(0)) OR instr(state, char(0))",
+    "SELECT 1 FROM attempt WHERE ": "instr(key, char(0)) OR instr(state, char(0))",
+}
 
 
 _FAULTS = (sqlite3.Error, UnicodeDecodeError)  # the second where SQLite quotes what is damaged
@@ -72,8 +79,9 @@ class Transaction:
 
     def change(self, kind: str, *values: Any) -> None:
         """One of `_CHANGES`."""
-        self._db.execute(_CHANGES[kind], values)
-        self.changes.append([kind, *values])
+        plain = [_plain(value) for value in values]
+        self._db.execute(_CHANGES[kind], plain)
+        self.changes.append([kind, *plain])
 
 
 class Ledger:
@@ -90,8 +98,19 @@ class Ledger:
         self._lock: IO[bytes] | None = None
         if self.writable:
             self._lock = (folder / LOCK).open("ab")  # which leaves the file as it is, its time included
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            self._share(self._lock)
         self._db = self._open()
+
+    def _share(self, lock: IO[bytes]) -> None:
+        """Hold the lock beside others. Raises UserError where somebody keeps it for himself."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise UserError(self.unusable(sqlite3.OperationalError("locked"))) from error
+                time.sleep(0.05)
 
     def close(self) -> None:
         """Close the database and let others repair or tidy it; further calls fail."""
@@ -106,7 +125,7 @@ class Ledger:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)  # a try that fails may cost the shared lock
+            self._share(self._lock)  # a try that fails may cost the shared lock
             return False
         return True
 
@@ -125,16 +144,16 @@ class Ledger:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                _catch_up(self._db, self.folder / JOURNAL)
                 transaction = Transaction(self._db)
                 yield transaction
                 self._journal(transaction.changes)
             except BaseException:
-                self._db.execute("ROLLBACK")
+                _roll_back(self._db)
                 raise
             self._db.execute("COMMIT")
         except (*_FAULTS, OSError) as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            _roll_back(self._db)
             raise UserError(self.unusable(error)) from error
 
     def unusable(self, error: Exception) -> str:
@@ -154,7 +173,7 @@ class Ledger:
         """Free what forgotten records took. Only for who is `alone`. Raises UserError."""
         try:
             _rewrite(self.folder / JOURNAL, self._db)
-            _note(self._db, _size(self.folder / JOURNAL))
+            _note(self._db, self.folder / JOURNAL)
             self._db.execute("VACUUM")
         except (sqlite3.Error, OSError) as error:
             raise UserError(self.unusable(error)) from error
@@ -174,7 +193,7 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     os.ftruncate(out.fileno(), before)
                 raise
-            _note(self._db, out.tell())
+        _note(self._db, file)
 
     # ------------------------------------------------------------ opening and repairing
 
@@ -187,10 +206,10 @@ class Ledger:
             return self._checked(_connect(file, self.writable))
         except _Torn as torn:
             if not self.writable or _size(journal) == 0:
-                lacking = "has no journal" if self.writable else "may not be written"
+                remedy = "name another one with --runs" if self.writable else "bbmcl report repairs what it may write"
                 raise UserError(
-                    f"the runs folder {self.folder} cannot be used: its database is damaged ({torn}) and it {lacking}; "
-                    "name another one with --runs"
+                    f"the runs folder {self.folder} cannot be used: its database is damaged ({torn}) and "
+                    f"{'it has no journal' if self.writable else 'it is opened for reading'}; {remedy}"
                 ) from torn
             return self._made_again()
 
@@ -212,7 +231,7 @@ class Ledger:
             found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":
                 raise _Torn(str(found))
-            if any(db.execute(query).fetchone() for query in _UNSOUND):
+            if any(db.execute(query + condition).fetchone() for query, condition in _UNSOUND.items()):
                 raise _Torn("a record is unreadable")
             if self.writable:
                 self._match(db)
@@ -233,16 +252,14 @@ class Ledger:
         journal = self.folder / JOURNAL
         db.execute("BEGIN IMMEDIATE")
         try:
-            noted, size = _noted(db), _size(journal)
-            if size > noted:  # its last lines were written, and then their process died
-                _replay(db, _changes(journal, noted)[0])
-            if size < noted or noted == 0 or _torn_lines(journal):
+            noted = _noted(db)[0]
+            _catch_up(db, journal)
+            if _size(journal) < noted or noted == 0 or _torn_lines(journal):
                 _rewrite(journal, db)
-            if _size(journal) != noted:
-                _note(db, _size(journal))
+                _note(db, journal)
             db.execute("COMMIT")
         except BaseException:
-            db.execute("ROLLBACK")
+            _roll_back(db)
             raise
 
     def _made_again(self) -> sqlite3.Connection:
@@ -256,7 +273,9 @@ class Ledger:
         _prepare(db)
         db.execute("BEGIN")
         _replay(db, changes)
-        _note(db, _size(journal))
+        for query, condition in _UNSOUND.items():  # what no honest version has written
+            unreadable += db.execute(query.replace("SELECT 1", "DELETE", 1) + condition).rowcount
+        _note(db, journal)
         db.execute("COMMIT")
         counted = "SELECT (SELECT COUNT(*) FROM stage), (SELECT COUNT(*) FROM row)"
         stages, rows = db.execute(counted).fetchone()
@@ -272,8 +291,14 @@ class Ledger:
             f"{told}"
         )
         assert self._lock is not None
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-        return self._checked(_connect(file, True))
+        self._share(self._lock)
+        try:
+            return self._checked(_connect(file, True))
+        except _Torn as torn:
+            raise UserError(
+                f"the runs folder {self.folder} cannot be used: its database cannot be made again from its journal "
+                f"({torn}); name another one with --runs"
+            ) from torn
 
     def _set_aside(self, file: Path) -> str:
         """Rename a damaged database; what SQLite left beside it must not be applied to another one."""
@@ -281,8 +306,8 @@ class Ledger:
             file.with_name(file.name + beside).unlink(missing_ok=True)
         if not file.exists():
             return ""
-        number = 1 + sum(1 for _ in self.folder.glob(f"{DATABASE}.damaged-*"))
-        return file.rename(file.with_name(f"{DATABASE}.damaged-{number}")).name
+        names = (f"{DATABASE}.damaged-{number}" for number in itertools.count(1))
+        return file.rename(next(path for name in names if not (path := file.with_name(name)).exists())).name
 
 
 # ---------------------------------------------------------------- database
@@ -305,15 +330,31 @@ def _tables(db: sqlite3.Connection) -> set[str]:
     return {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
-def _noted(db: sqlite3.Connection) -> int:
-    """How long the journal was after the last transaction; 0 for a store that never had one."""
-    found = db.execute("SELECT bytes FROM journal").fetchone()
-    return 0 if found is None else int(found[0])
+def _noted(db: sqlite3.Connection) -> tuple[int, str]:
+    """How long the journal was after the last transaction, and which one it was; (0, "") if there never was one."""
+    found = db.execute("SELECT bytes, generation FROM journal").fetchone()
+    return (0, "") if found is None else (int(found[0]), str(found[1]))
 
 
-def _note(db: sqlite3.Connection, size: int) -> None:
+def _note(db: sqlite3.Connection, journal: Path) -> None:
     db.execute("DELETE FROM journal")
-    db.execute("INSERT INTO journal VALUES (?)", (size,))
+    db.execute("INSERT INTO journal VALUES (?, ?)", (_size(journal), _generation(journal)))
+
+
+def _catch_up(db: sqlite3.Connection, journal: Path) -> None:
+    """Take in what the journal has and the database has not: its process died between the two, or the database is an
+    older copy that somebody put back; if the journal was written anew since, it is read from its beginning.
+    """
+    noted, generation = _noted(db)
+    same = _generation(journal) == generation
+    if _size(journal) > noted or not same:
+        _replay(db, _changes(journal, noted if same else 0)[0])
+        _note(db, journal)
+
+
+def _roll_back(db: sqlite3.Connection) -> None:
+    if db.in_transaction:  # a full disk has done it already
+        db.execute("ROLLBACK")
 
 
 def _replay(db: sqlite3.Connection, changes: Iterable[Sequence[Any]]) -> None:
@@ -364,14 +405,47 @@ def _change(line: bytes) -> list[Any] | None:
         return None
     if not isinstance(change, list) or not change or not isinstance(change[0], str) or change[0] not in _CHANGES:
         return None
-    fits = len(change) == 1 + _CHANGES[change[0]].count("?")
-    return change if fits and all(isinstance(value, (str, int, float)) for value in change[1:]) else None
+    fits = len(change) == 1 + _CHANGES[change[0]].count("?") and all(map(_storable, change[1:]))
+    return (
+        [change[0], *map(_plain, change[1:])] if fits and all(_is_json(change[i]) for i in _JSON[change[0]]) else None
+    )
+
+
+def _is_json(text: Any) -> bool:
+    """Whether SQLite would call it so: NaN and infinities are none."""
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _storable(value: Any) -> bool:
+    return isinstance(value, (str, float)) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+
+
+def _plain(value: Any) -> Any:
+    """Text that can be written: half of a surrogate pair, as in a file name that is no UTF-8, becomes "?"."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _text(line: bytes) -> bytes | None:
     """What a line says, None for one that is torn."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return text if checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def _generation(file: Path) -> str:
+    """Which journal it is, "" where that cannot be read."""
+    if not file.exists():
+        return ""
+    with file.open("rb") as found:
+        first = _change(found.readline())
+    return str(first[1]) if first is not None and first[0] == "generation" else ""
 
 
 def _torn_lines(file: Path) -> bool:
@@ -383,6 +457,7 @@ def _rewrite(file: Path, db: sqlite3.Connection) -> None:
     """A journal of what a database holds."""
     fresh = file.with_name(f"{file.name}.new")
     with fresh.open("wb") as out:
+        out.write(_line(["generation", uuid.uuid4().hex]))
         for kind, query in _ALL.items():
             for values in db.execute(query):
                 out.write(_line([kind, *values]))

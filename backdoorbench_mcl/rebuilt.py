@@ -99,7 +99,8 @@ def _parted(then: str, now: str, store: Store, graph: plan.Plan) -> Iterator[str
     if then == now or stage is None:
         return
     for path, old, new in _leaves(stage.spec, _plain(graph.nodes[now].spec)):
-        if old in (None, "") or new not in graph.nodes or store.stage(old) is None:
+        keys = isinstance(old, str) and isinstance(new, str) and new in graph.nodes
+        if not keys or store.stage(old) is None:
             yield _leaf(stage.spec, path, old, new)
         else:
             yield from _parted(old, new, store, graph)

@@ -53,7 +53,8 @@ class Stage:
             raise ValueError("no stage")
         for name, value in item.items():
             wanted: Any = str if name in ("key", "kind", "artefact") else Mapping
-            if not isinstance(value, wanted) or (wanted is str and not (value.isascii() and value.isprintable())):
+            plain = wanted is not str or (isinstance(value, str) and value != "" and value.isascii())
+            if not isinstance(value, wanted) or not plain or (wanted is str and not value.isprintable()):
                 raise ValueError(f"{name} of a stage is {str(value)[:80]!r}")
         return cls(**item)
 
@@ -178,8 +179,8 @@ class Store:
             raise UserError(self.ledger.unusable(error)) from error
         with self.ledger.transaction() as change:
             change.change(
-                "stage", stage.key, stage.kind, json.dumps(stage.spec, sort_keys=True), artefact,
-                json.dumps(stage.numerics), json.dumps(stage.cost), time.time(),
+                "stage", stage.key, stage.kind, _text(stage.spec), artefact, _text(stage.numerics), _text(stage.cost),
+                time.time(),
             )  # fmt: skip
         shutil.rmtree(self.snapshots(stage.key), ignore_errors=True)
         stored = self.stage(stage.key)
@@ -231,7 +232,7 @@ class Store:
     def put_row(self, row: Row) -> None:
         """Store the row of a cell, in place of an earlier one of the same key; what is measured outlives a failure."""
         with self.ledger.transaction() as change:
-            change.change("row", row.key, row.state, json.dumps(row.as_dict()), time.time())
+            change.change("row", row.key, row.state, _text(row.as_dict(), ordered=False), time.time())
 
     def row(self, key: str) -> Row | None:
         """The row of a cell, or None."""
@@ -244,6 +245,14 @@ class Store:
         with self._reading():
             found = self.ledger.read("SELECT data FROM row ORDER BY created, key")
             return [Row.from_dict(json.loads(data)) for (data,) in found]
+
+
+def _text(value: Any, ordered: bool = True) -> str:
+    """JSON. Raises UserError for a number that is not finite, which JSON has no word for."""
+    try:
+        return json.dumps(value, sort_keys=ordered, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"a result with a number that is not finite cannot be stored: {error}") from error
 
 
 def _stage(record: tuple[Any, ...]) -> Stage:

@@ -29,6 +29,10 @@ from .workdir import WorkFolder
 SAMPLE = 3
 REUSED = ("surrogate", "train")  # the kinds of stages behind a victim: most of the seconds of a cell
 LIBRARIES = ("python", *provenance.DISTRIBUTIONS)  # whose versions decide bits; a method's own version is in its key
+BESIDE = (  # what a row has from stages beside its predictions
+    "retuned_asr", "retuned_ftr", "retuned_ba", "inverter_success", "inverter_l1", "inverter_pixels_changed",
+    "inverter_steps", "verdict", "clean_poisoned",
+)  # fmt: skip
 _TOLD = 4  # numbers of a row that are named where they are not what its predictions say
 
 Verdict = Literal["identical", "same counts", "within tolerance", "different", "not run"]
@@ -208,6 +212,11 @@ def _finding(one: Rebuilt, row: Row, store: Store, fresh: Store) -> Finding:
     moved, apart = list(recording.moved(was, became)), list(recording.far(was, became, recording.POINTS))
     first = [stage["key"] for stage in recording.parted(became, before, after)]
     gone = len(now.keys() - then.keys())
+    if not first and not gone:  # all bytes are the same, and so must be what was read from them
+        wrong += [
+            f"{name} {was_there} -> {is_there}" for name in BESIDE
+            if (was_there := getattr(one.row, name)) != (is_there := getattr(row, name)) and was_there not in (None, "")
+        ]  # fmt: skip
     unlike = {key: list(_arrows(_circumstances(then[key]), _circumstances(now[key]))) for key in first}
     # other bytes made of what was there before are a difference; made elsewhere, or of what nobody knows, they are none
     unknown = {key for key in first if not then.keys() >= set(one.nodes[key].inputs.values())}

@@ -29,6 +29,10 @@ def age(path: Path, days: float) -> None:
         os.utime(each, (then, then))
 
 
+def age_records(store: Store, days: float) -> None:
+    store.ledger._db.execute("UPDATE stage SET created = created - ?", (days * 86400,))
+
+
 def clutter(runs: Path) -> dict[str, Path]:
     """What piles up in a runs folder."""
     store = Store(runs)
@@ -88,6 +92,12 @@ def test_stages_of_an_interrupted_run_are_kept_for_days(copied: Path, reference:
     age(copied / "artefacts", 6)
     assert housekeeping.reclaim(store) == []
     age(copied / "artefacts", 8)
+    assert housekeeping.reclaim(store) == []  # files may be older than what was made with them: records decide
+    age_records(store, 8)
+    paused = store.snapshots("e" * 64)
+    paused.mkdir()
+    assert housekeeping.reclaim(store) == []  # a job that was killed goes on, from whatever it rests on
+    paused.rmdir()
     gone = housekeeping.reclaim(store)
     assert {item.what for item in gone} == {"train", "trial", "invert", "defend", "predict"}
     assert {item.why for item in gone} == {"no row needs it"}
@@ -110,6 +120,7 @@ def test_what_has_gone_is_computed_again_when_it_is_asked_for(
     store = Store(copied)
     store.ledger._db.execute("DELETE FROM row")
     age(copied / "artefacts", 8)
+    age_records(store, 8)
     housekeeping.reclaim(store)
     assert store.stages() == []
     store.close()
@@ -134,6 +145,7 @@ def test_a_link_is_not_followed(copied: Path, tmp_path: Path) -> None:
     (copied / "artefacts" / "ff").symlink_to(elsewhere)
     (copied / "artefacts" / "tmp-link").symlink_to(elsewhere)
     (copied / "snapshots" / ("e" * 64)).symlink_to(elsewhere)
+    (copied / "snapshots" / ("d" * 64)).symlink_to(tmp_path / "nowhere")
     age(elsewhere, 100)
     housekeeping.reclaim(Store(copied), days=0)
     assert (elsewhere / ("f" * 64) / "precious").read_text() == "x"

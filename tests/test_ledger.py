@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
 import random
 import sqlite3
@@ -11,6 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -373,3 +376,94 @@ def test_who_holds_the_lock_alone_keeps_others_waiting(tmp_path: Path) -> None:
     with (runs / LOCK).open("wb") as handle, pytest.raises(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     one.close()
+
+
+def test_a_line_of_a_dead_driver_is_taken_in_by_the_next_change_of_a_living_one(tmp_path: Path) -> None:
+    """Its process died between journal and database while another one worked on."""
+    runs = filled(tmp_path)
+    living = Store(runs)
+    short = (runs / JOURNAL).stat().st_size
+    dead = [
+        ["row", f"{50:064x}", "ok", json.dumps(row(50).as_dict()), 1.0],
+        ["attempt", "k" * 64, 1, "failed", "the dead one's", "", 1.0],
+    ]
+    with (runs / JOURNAL).open("ab") as out:
+        for change in dead:
+            text = json.dumps(change).encode()
+            out.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    assert (runs / JOURNAL).stat().st_size > short
+    living.attempt("k" * 64, "failed", "mine", "")
+    assert living.row(f"{50:064x}") == row(50)
+    living.close()
+    before = content(runs)
+    assert [attempt[1:4] for attempt in before["attempt"] if attempt[0] == "k" * 64] == [
+        (1, "failed", "the dead one's"), (2, "failed", "mine"),
+    ]  # fmt: skip
+    (runs / DATABASE).unlink()
+    Store(runs, lambda line: None).close()
+    assert content(runs) == before
+
+
+@pytest.mark.parametrize("more", [5, 60])
+def test_an_older_copy_of_the_database_costs_nothing_even_after_a_compaction(tmp_path: Path, more: int) -> None:
+    """The journal was written anew meanwhile, so that places in it mean nothing to the copy."""
+    runs = filled(tmp_path)
+    copy = (runs / DATABASE).read_bytes()
+    store = Store(runs)
+    assert store.ledger.alone()
+    store.ledger.compact()
+    for number in range(100, 100 + more):
+        store.put_row(row(number))
+    store.close()
+    after = content(runs)["row"]
+    (runs / DATABASE).write_bytes(copy)
+    Store(runs, pytest.fail).close()
+    assert content(runs)["row"] == after
+    (runs / DATABASE).unlink()
+    Store(runs, lambda line: None).close()
+    assert content(runs)["row"] == after
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_json_has_no_word_for_is_refused_and_never_bricks_a_store(tmp_path: Path, value: float) -> None:
+    runs = filled(tmp_path)
+    store = Store(runs)
+    with pytest.raises(UserError, match="not finite cannot be stored"):
+        store.put_row(replace(row(60), seconds=value))
+    before = content(runs)
+    store.close()
+    text = json.dumps(["row", f"{60:064x}", "ok", json.dumps(replace(row(60), seconds=value).as_dict()), 1.0]).encode()
+    with (runs / JOURNAL).open("ab") as out:  # as a stranger could have written it
+        out.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    told: list[str] = []
+    Store(runs, told.append).close()
+    Store(runs, pytest.fail).close()
+    assert content(runs) == before
+
+
+def test_text_that_is_no_unicode_is_stored_as_far_as_it_is(tmp_path: Path) -> None:
+    """As an undecodable file name gives it; it ended the run, and every later one."""
+    store = Store(tmp_path / "runs")
+    store.attempt("k" * 64, "failed", "bad file \udc80", "log \ud800")
+    assert store.last_attempt("k" * 64) == ("failed", "bad file ?", "log ?")
+
+
+def test_a_database_that_rolled_back_by_itself_says_why(tmp_path: Path) -> None:
+    store = Store(filled(tmp_path))
+    ((pages,),) = store.ledger.read("PRAGMA page_count")
+    store.ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(UserError, match="database or disk is full; make room"):
+        store.put_row(replace(row(80), reason="x" * 200_000))
+    store.ledger._db.execute("PRAGMA max_page_count = 1000000")
+    store.put_row(row(81))
+
+
+def test_who_waits_for_a_repair_is_told_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = filled(tmp_path)
+    one = Store(runs)
+    assert one.ledger.alone()
+    monkeypatch.setattr(ledger, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=r"another process has kept .* locked for 0\.2 s"):
+        Store(runs)
+    one.close()
+    Store(runs).close()

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,14 @@ from conftest import Bbmcl, Reference
 from made import make
 from safetensors.numpy import load_file, save_file
 
-from backdoorbench_mcl import cells, evaluate, runner
+from backdoorbench_mcl import cells, evaluate, rebuilt, runner
 from backdoorbench_mcl.engines.local import Local
 from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.rebuilt import rebuild
 from backdoorbench_mcl.registry import cache_folder
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
-from backdoorbench_mcl.store import Store
+from backdoorbench_mcl.store import Stage, Store
 from backdoorbench_mcl.verify import Choice, Finding, draw, status, summary, verify
 
 Files = dict[str, str]
@@ -451,3 +452,15 @@ def test_an_interrupted_check_leaves_nothing(runs: Path, toy_env: dict[str, str]
     assert out == ""
     assert list(temporary.glob("bbmcl-*")) == []
     assert files(runs) == before
+
+
+def test_numbers_of_the_data_that_differ_are_named(tmp_path: Path) -> None:
+    """Lists in a spec are no keys of stages; looking one up ended the whole check."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "meta.json").write_text("{}")
+    store = Store(tmp_path / "runs")
+    store.commit(Stage("a" * 64, "train", {"data": {"mean": [0.5], "flip_ok": True}}, ""), out)
+    graph = SimpleNamespace(nodes={"b" * 64: SimpleNamespace(spec={"data": {"mean": [0.4], "flip_ok": True}})})
+    (line,) = rebuilt._parted("a" * 64, "b" * 64, store, graph)  # type: ignore[arg-type]
+    assert "[0.5]" in line and "[0.4]" in line
