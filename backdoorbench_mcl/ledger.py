@@ -35,7 +35,6 @@ CREATE TABLE IF NOT EXISTS attempt (key TEXT NOT NULL, n INTEGER NOT NULL, state
 CREATE TABLE IF NOT EXISTS row (key TEXT PRIMARY KEY, state TEXT NOT NULL, data TEXT NOT NULL, created REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS journal (bytes INTEGER NOT NULL, generation TEXT NOT NULL);
 """
-_RECORDS = frozenset({"stage", "attempt", "row"})
 _CHANGES: Mapping[str, str] = {  # every way in which a store changes; replayed in order they give the same tables
     "stage": "INSERT OR IGNORE INTO stage VALUES (?, ?, ?, ?, ?, ?, ?)",
     "forget": "DELETE FROM stage WHERE key = ?",
@@ -51,6 +50,7 @@ _ALL: Mapping[str, str] = {  # kind of change -> what is stored of it
     "stage": "SELECT * FROM stage ORDER BY rowid", "attempt": "SELECT * FROM attempt ORDER BY rowid",
     "row": "SELECT * FROM row ORDER BY rowid",
 }  # fmt: skip
+_RECORDS = frozenset(_ALL)  # tables of what a user would miss
 _UNSOUND: Mapping[str, str] = {  # zeros in the middle of a text leave the structure whole, which is all SQLite checks
     "SELECT 1 FROM stage WHERE ": "NOT (json_valid(spec) AND json_valid(numerics) AND json_valid(cost)) OR "
     "instr(key, char(0)) OR length(artefact) != 64 OR kind = '' OR instr(kind, char(0))",

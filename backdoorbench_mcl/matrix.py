@@ -45,6 +45,7 @@ class _Job:
     node: Node
     claim: Claim
     started: float
+    inputs: Mapping[str, str]  # role -> name of the artefact that it was given
 
 
 class Matrix(Standing):
@@ -186,7 +187,8 @@ class Matrix(Standing):
             shutil.rmtree(folder, ignore_errors=True)  # on a full disk its files are what others lack
             claim.release()
             return True
-        self.running[folder] = _Job(node, claim, time.monotonic())
+        given = {role: path.name for role, path in inputs.items()}
+        self.running[folder] = _Job(node, claim, time.monotonic(), given)
         self.display.started(node.key, node.title)
         self.engine.start(folder)
         return True
@@ -213,7 +215,7 @@ class Matrix(Standing):
         seconds = time.monotonic() - job.started
         try:
             if event.state == "ok":
-                self._commit(job.node, event, seconds)
+                self._commit(job, event, seconds)
             else:
                 self._fail(job.node, Failure(event.state, event.reason), event.log, seconds)
         finally:
@@ -221,8 +223,8 @@ class Matrix(Standing):
             job.claim.release()
             shutil.rmtree(event.folder, ignore_errors=True)
 
-    def _commit(self, node: Node, event: Finished, seconds: float) -> None:
-        out = event.folder / "out"
+    def _commit(self, job: _Job, event: Finished, seconds: float) -> None:
+        node, out = job.node, event.folder / "out"
         try:
             trial = self._open(node.inputs["trial"]) if node.kind == "predict" else None
         except Damaged as damage:
@@ -233,15 +235,15 @@ class Matrix(Standing):
             require_plain(out)  # before anything is read from it or written to it
             if trial is not None:
                 self.grants.judge(node, trial, out)
-            stage = self._finished(node, event.result)
+            stage = self._finished(job, event.result)
             self.stages[node.key] = self.store.commit(stage, out)
         except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
             self._fail(node, Failure("failed", f"left a result of no use: {_line(error)}"), event.log, seconds)
             return
         self.display.finished(node.key, node.title, "ok", seconds)
 
-    def _finished(self, node: Node, result: Mapping[str, Any]) -> Stage:
-        common = self.grants.common
+    def _finished(self, job: _Job, result: Mapping[str, Any]) -> Stage:
+        node, common = job.node, self.grants.common
         packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()}
         numerics = {
             "device": common["device"],
@@ -254,7 +256,7 @@ class Matrix(Standing):
             "machine": provenance.machine_class(str(common["device"])),
             "versions": provenance.versions(self.data | packages),
             "origin": self.origin,
-            "inputs": {role: self.stages[key].artefact for role, key in node.inputs.items() if key in self.stages},
+            "inputs": dict(job.inputs),
         }
         cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
         return Stage(node.key, node.kind, node.spec, "", numerics, cost)
@@ -285,7 +287,14 @@ class Matrix(Standing):
                     self.store.put_row(row)
                 self.display.cell(row)
                 self._tell(row)
+                self._let_go(cell)
         return moved
+
+    def _let_go(self, cell: Cell) -> None:
+        """Forget what a finished cell alone was scored from: who else needs it finds it in the store."""
+        for key in {*cell.own, *filter(None, [cell.after])} - {cell.before}:
+            self.scores.pop(key, None)
+            self.stages.pop(key, None)
 
     def _tell(self, row: Row) -> None:
         for plugin, observer in self.observers[:]:

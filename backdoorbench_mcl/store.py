@@ -179,8 +179,8 @@ class Store:
             raise UserError(self.ledger.unusable(error)) from error
         with self.ledger.transaction() as change:
             change.change(
-                "stage", stage.key, stage.kind, _text(stage.spec), artefact, _text(stage.numerics), _text(stage.cost),
-                time.time(),
+                "stage", stage.key, stage.kind, _text(stage.spec, ordered=True), artefact, _text(stage.numerics),
+                _text(stage.cost), time.time(),
             )  # fmt: skip
         shutil.rmtree(self.snapshots(stage.key), ignore_errors=True)
         stored = self.stage(stage.key)
@@ -232,7 +232,7 @@ class Store:
     def put_row(self, row: Row) -> None:
         """Store the row of a cell, in place of an earlier one of the same key; what is measured outlives a failure."""
         with self.ledger.transaction() as change:
-            change.change("row", row.key, row.state, _text(row.as_dict(), ordered=False), time.time())
+            change.change("row", row.key, row.state, _text(row.as_dict()), time.time())
 
     def row(self, key: str) -> Row | None:
         """The row of a cell, or None."""
@@ -247,7 +247,7 @@ class Store:
             return [Row.from_dict(json.loads(data)) for (data,) in found]
 
 
-def _text(value: Any, ordered: bool = True) -> str:
+def _text(value: Any, ordered: bool = False) -> str:
     """JSON. Raises UserError for a number that is not finite, which JSON has no word for."""
     try:
         return json.dumps(value, sort_keys=ordered, allow_nan=False)

@@ -467,7 +467,7 @@ def test_a_data_set_with_absurdly_many_classes_is_refused(tmp_path: Path) -> Non
         datacache.prepare(Many(path=str(tmp_path)), None, tmp_path / "cache", "k")
 
 
-def test_one_image_of_many_megabytes_said_a_thousand_times_is_held_once(tmp_path: Path) -> None:
+def test_one_image_of_many_megabytes_said_a_thousand_times_is_held_a_few_times(tmp_path: Path) -> None:
     """1 kB of Parquet: 20 MB in a dictionary, used by every row. It took 5 GB for 256 rows."""
     blob = encode(np.zeros((3, 8, 8), np.uint8)) + bytes(20 << 20)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([blob], pa.binary()))
@@ -480,7 +480,7 @@ def test_one_image_of_many_megabytes_said_a_thousand_times_is_held_once(tmp_path
     before = pa.total_allocated_bytes()
     images = parquet.blobs([tmp_path / "train.parquet"])
     assert [len(next(images)[1]) for _ in range(300)] == [len(blob)] * 300
-    assert pa.total_allocated_bytes() - before < 8 * len(blob)
+    assert pa.total_allocated_bytes() - before < 100 << 20
     assert len(decode._gathered(images, 256)) == 1  # nor are 256 of them in flight
 
 

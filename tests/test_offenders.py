@@ -35,7 +35,7 @@ NOTICED = {
 FAILED = {  # state and reason of its cell
     "abstract": ("failed", "off_abstract_method:Offender lacks defend()"),
     "broken-class": ("failed", "off_broken_class_method:Offender ended its process with status 4"),
-    "raises": ("failed", "no idea how to repair this"),
+    "raises": ("failed", "ValueError at off_raises_method.py:12: no idea how to repair this"),
     "hangs": ("timeout", "took longer than --timeout 20 s"),
     "segfaults": ("killed", "SIGSEGV"),
     "greedy": ("killed", "GB of memory, more than --memory 1.5"),

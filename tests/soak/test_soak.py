@@ -22,7 +22,7 @@ from backdoorbench_mcl.store import Store
 
 CELLS = int(os.environ.get("BBMCL_SOAK", "0"))
 MB = 2**20
-PER_CELL = 30e3  # bytes that a finished cell may take: its row and the records of its two stages are kept (24e3 seen)
+PER_CELL = 20e3  # bytes of memory that a finished cell may take: its row is kept for the table
 QUERIES = {
     "a stage": "SELECT artefact FROM stage WHERE key = ?", "a row": "SELECT data FROM row WHERE key = ?",
     "the last attempt": "SELECT state FROM attempt WHERE key = ? ORDER BY n DESC LIMIT 1",
@@ -113,7 +113,7 @@ def test_a_long_run_stays_flat(toy_env: dict[str, str], tmp_path: Path) -> None:
     assert len(rows) == CELLS + 2  # with the two undefended victims
     assert {row.state for row in rows} == {"ok"}
     assert growth < PER_CELL * cells
-    assert handles[1] <= handles[0] + 2  # medians: a moment at which two jobs start has some more
+    assert handles[1] <= handles[0]  # medians: at the moment at which two jobs start there are a few more
     assert max(s.entries for s in late) <= max(s.entries for s in early) + 20
     assert max(s.space for s in late) <= 2 * max(s.space for s in early)
     assert left == []
