@@ -26,10 +26,8 @@ Days = Annotated[
 def du(runs: Runs = DEFAULT_RUNS, days: Days = 7.0) -> None:
     """Show what a runs folder holds, how large it is, and what no row needs."""
     from . import housekeeping, runner
-    from .store import Store
 
-    runner.stored_rows(runs)
-    print("\n".join(housekeeping.lines(housekeeping.survey(Store(runs), days), runs)))
+    print("\n".join(housekeeping.lines(housekeeping.survey(runner.opened(runs), days), runs)))
 
 
 @store_app.command()
@@ -40,10 +38,8 @@ def gc(
 ) -> None:
     """Remove what no row needs: unused artefacts, old snapshots, what killed processes left. Rows stay."""
     from . import housekeeping, runner
-    from .store import Store
 
-    runner.stored_rows(runs)
-    store = Store(runs)
+    store = runner.opened(runs)
     if dry_run:
         found = [item for item in housekeeping.survey(store, days) if item.why]
     else:
@@ -63,7 +59,6 @@ def export(
 ) -> None:
     """Write all results of a runs folder into one archive."""
     from . import archive, plan, runner
-    from .store import Store
 
     kinds = None if only is None else [part.strip() for part in only.split(",")]
     unknown = [kind for kind in kinds or () if kind not in get_args(plan.Kind)]
@@ -71,8 +66,7 @@ def export(
         raise UserError(
             f"--only {only!r}: {unknown[0]!r} is no kind of stage; there are {', '.join(get_args(plan.Kind))}"
         )
-    runner.stored_rows(runs)
-    stages, rows = archive.export(Store(runs), file, kinds)
+    stages, rows = archive.export(runner.opened(runs), file, kinds)
     print(f"{file}: {stages} stages, {rows} rows")
 
 

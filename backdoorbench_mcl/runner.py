@@ -254,6 +254,15 @@ def compute(
         store.close()
 
 
+def opened(runs: Path, readonly: bool = False) -> Store:
+    """The store of a runs folder. readonly: as of `Store`. Raises UserError where there is none."""
+    if not Store.exists(runs):
+        raise UserError(
+            f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
+        )
+    return Store(runs, readonly=readonly)
+
+
 def stored_rows(
     runs: Path, keep: Callable[[Row], bool] = lambda row: True, readonly: bool = False, latest: bool = False
 ) -> list[Row]:
@@ -262,11 +271,7 @@ def stored_rows(
     readonly: as of `Store`. latest: without those that an edited or updated method has left behind.
     Raises UserError where there is no such folder.
     """
-    if not Store.exists(runs):
-        raise UserError(
-            f"no results in {runs}: expected a runs folder; name it with --runs, or make one with bbmcl matrix"
-        )
-    store = Store(runs, readonly=readonly)
+    store = opened(runs, readonly)
     try:
         found = list(filter(keep, store.rows()))
         return sorted(newest(found) if latest else found, key=_by_name)
@@ -304,5 +309,5 @@ def exit_status(rows: Sequence[Row]) -> int:
 
 __all__ = [
     "MAX_WORKERS", "Resources", "Settings", "check", "check_data", "compute", "dry_run", "exit_status", "newest",
-    "prepare_data", "registry", "resources", "run_matrix", "stored_rows", "summary",
+    "opened", "prepare_data", "registry", "resources", "run_matrix", "stored_rows", "summary",
 ]  # fmt: skip

@@ -68,6 +68,12 @@ def content(runs: Path) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
+def write_line(runs: Path, text: str) -> None:
+    """A line of the journal with a checksum that is right, whatever it says."""
+    with (runs / JOURNAL).open("ab") as out:
+        out.write(b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
+
+
 def harm(file: Path, how: str, at: int) -> None:
     """What a power loss may do to a file: its end is missing, or zero, or a page of it is."""
     data = bytearray(file.read_bytes())
@@ -148,8 +154,7 @@ def test_what_cannot_be_read_of_the_journal_is_counted(tmp_path: Path) -> None:
 def test_a_strange_journal_is_read_for_what_is_a_change(tmp_path: Path, text: str) -> None:
     runs = filled(tmp_path)
     before = content(runs)
-    with (runs / JOURNAL).open("ab") as out:
-        out.write(b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
+    write_line(runs, text)
     (runs / DATABASE).unlink()
     told: list[str] = []
     Store(runs, told.append).close()
@@ -387,10 +392,8 @@ def test_a_line_of_a_dead_driver_is_taken_in_by_the_next_change_of_a_living_one(
         ["row", f"{50:064x}", "ok", json.dumps(row(50).as_dict()), 1.0],
         ["attempt", "k" * 64, 1, "failed", "the dead one's", "", 1.0],
     ]
-    with (runs / JOURNAL).open("ab") as out:
-        for change in dead:
-            text = json.dumps(change).encode()
-            out.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    for change in dead:
+        write_line(runs, json.dumps(change))
     assert (runs / JOURNAL).stat().st_size > short
     living.attempt("k" * 64, "failed", "mine", "")
     assert living.row(f"{50:064x}") == row(50)
@@ -432,9 +435,8 @@ def test_what_json_has_no_word_for_is_refused_and_never_bricks_a_store(tmp_path:
         store.put_row(replace(row(60), seconds=value))
     before = content(runs)
     store.close()
-    text = json.dumps(["row", f"{60:064x}", "ok", json.dumps(replace(row(60), seconds=value).as_dict()), 1.0]).encode()
-    with (runs / JOURNAL).open("ab") as out:  # as a stranger could have written it
-        out.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    data = json.dumps(replace(row(60), seconds=value).as_dict())
+    write_line(runs, json.dumps(["row", f"{60:064x}", "ok", data, 1.0]))  # as a stranger could have written it
     told: list[str] = []
     Store(runs, told.append).close()
     Store(runs, pytest.fail).close()
