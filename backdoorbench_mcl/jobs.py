@@ -28,7 +28,7 @@ from .errors import BbmclError, Diverged, NotApplicable, PluginError
 from .inversions import invert, verdict
 from .job import Job, Tick, require_finite, weights_of
 from .probes import embed, retune
-from .text import one_line
+from .text import one_line, raised_at
 from .victims import surrogate, suspect, train, trial
 
 
@@ -182,15 +182,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return "failed", "out of memory; use fewer --workers or a smaller batch (--set train.batch=...)"
     first = str(error).strip().splitlines()
-    raised = f"{type(error).__name__}{_place(error)}"
+    raised = f"{type(error).__name__} at {raised_at(error)}"
     return "failed", f"{raised}: {first[0]}" if first else raised
-
-
-def _place(error: BaseException) -> str:
-    """Where an error was raised, or the call that led into torch. Example: " at method.py:28"."""
-    library = os.path.dirname(torch.__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
-    return f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
 
 
 def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import traceback
 import unicodedata
+from pathlib import Path
 
 # ECMA-48: OSC and friends up to their terminator, CSI up to its final byte, any other two-character escape.
 _ESCAPE = re.compile(
@@ -23,3 +25,10 @@ def one_line(text: str, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = text[: max(0, limit - 3)].rstrip() + "..."
     return text
+
+
+def raised_at(error: BaseException) -> str:
+    """Where an error was raised, or the call that led into torch. Example: `"method.py:28"`"""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "torch" not in Path(frame.filename).parts] or frames
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown place"

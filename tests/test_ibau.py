@@ -381,6 +381,10 @@ def test_a_bounded_round_goes_on_where_the_last_one_stopped() -> None:
     assert bench.ticks == [(1, 6, 10), (2, 6, 10), (3, 6, 4), (4, 6, 10), (5, 6, 10), (6, 6, 4)]
 
 
+def test_results_of_before_there_was_a_bound_keep_their_keys() -> None:
+    assert IBAU.added == {"round_steps": None}
+
+
 def test_enough_steps_are_a_whole_pass() -> None:
     unbounded = state(run()[0])
     assert same(state(run(round_steps=3)[0]), unbounded)

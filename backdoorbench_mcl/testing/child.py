@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from ..errors import BbmclError, NotApplicable, UserError
+from ..text import raised_at
 from .core import CheckFailed, Skipped, Subject
 from .suite import CHECKS, checks_for
 
@@ -28,9 +29,7 @@ def verdict(name: str, subject: Subject) -> dict[str, object]:
         state, message = "failed", str(error)
     except (Exception, SystemExit) as error:  # whatever a method raises is its result
         traceback.print_exc()
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        state, message = "failed", f"raised {type(error).__name__} at {where}: {error}"
+        state, message = "failed", f"raised {type(error).__name__} at {raised_at(error)}: {error}"
     return {"check": name, "state": state, "message": message, "seconds": time.perf_counter() - started}
 
 

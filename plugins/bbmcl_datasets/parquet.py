@@ -97,9 +97,7 @@ def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     count = 0
     try:
         for batch in file.iter_batches(at_once, columns=list(names)):
-            found = [batch.column(name) for name in names]
-            for row in range(len(batch)):
-                yield tuple(column[row].as_py() for column in found)
+            yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
             count += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error

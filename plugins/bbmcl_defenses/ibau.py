@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +142,7 @@ class IBAU(Defense):
 
     name = "ibau"
     paper = "Zeng et al., Adversarial Unlearning of Backdoors via Implicit Hypergradient, ICLR 2022, arXiv 2110.03735"
+    added: ClassVar[Mapping[str, Any]] = {"round_steps": None}
 
     def __init__(
         self,
