@@ -293,7 +293,7 @@ def test_inline_gives_the_same_weights(bench: Bench) -> None:
 
 def test_what_jobs_print_goes_to_their_logs(bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     expected = {
-        "raise": ("failed", "ValueError: first line", "second line"),
+        "raise": ("failed", "ValueError at bbmcl_toy_methods.py:282: first line", "second line"),
         "print": ("ok", "", "noise on standard output"),
         "exit": ("failed", "SystemExit: 3", "SystemExit"),
     }
