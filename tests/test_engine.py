@@ -295,7 +295,7 @@ def test_what_jobs_print_goes_to_their_logs(bench: Bench, tmp_path: Path, capfd:
     expected = {
         "raise": ("failed", "ValueError at bbmcl_toy_methods.py:282: first line", "second line"),
         "print": ("ok", "", "noise on standard output"),
-        "exit": ("failed", "SystemExit: 3", "SystemExit"),
+        "exit": ("failed", "SystemExit at bbmcl_toy_methods.py:284: 3", "SystemExit"),
     }
     victim = bench.job(steps=EPOCH)
     assert run(victim).state == "ok"
