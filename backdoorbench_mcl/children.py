@@ -1,12 +1,14 @@
 """Ask a child process about plugins, so that one that crashes, hangs or spoils its process harms no other.
 
-`ask` starts `python -m MODULE FOLDER`, whose main calls `serve`: it forks once per distribution, watches what it
+`ask` has a process call the `answer` of a module for each request: it forks once per distribution, watches what it
 forked, and tells of each request either the answer or how its process ended. Free of torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -18,39 +20,83 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import memory
+from . import forks, memory
 
 Reply = dict[str, Any]  # {"ok": ...}, {"error": line} of the answer, or {"fate": how its process ended}
 REQUESTS, OUTPUT = "requests.json", "output.txt"
 GREED = 2  # a plugin that is read may hold one part in so many of the machine's memory
 
 
-def ask(module: str, requests: Sequence[Mapping[str, Any]], seconds: float) -> list[Reply]:
-    """Replies to `requests`, in order. Each names its distribution under "dist"; seconds: what one may take."""
+def ask(module: str, requests: Sequence[Mapping[str, Any]], seconds: float, warm: bool = False) -> list[Reply]:
+    """Replies to `requests`, in order. Each names its distribution under "dist"; seconds: what one may take.
+
+    module: has `answer(request) -> Reply`. warm: it needs torch, so that a child of the fork server answers sooner
+    than a new interpreter.
+    """
     with tempfile.TemporaryDirectory(prefix="bbmcl-ask-") as name:
         folder = Path(name)
         (folder / REQUESTS).write_text(json.dumps({"seconds": seconds, "requests": list(requests)}))
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)  # the child finds what this process would
-        with (folder / OUTPUT).open("w+b") as output:
-            server = subprocess.Popen(
-                [sys.executable, "-u", "-m", module, name], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, start_new_session=True,
-            )  # fmt: skip
-            try:
-                server.wait()
-            finally:  # whatever a plugin has started ends with it
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+        status = _warm(module, folder, path) if warm else _cold(module, folder, path)
         replies = [_read(folder, i) for i in range(len(requests))]
         last = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-1:]
-        fate = f"was not read: {' '.join(['python -m', module, 'ended with status', str(server.returncode), *last])}"
+        fate = f"was not read: {' '.join([module, 'ended with status', str(status), *last])}"
         return [{"fate": fate} if reply is None else reply for reply in replies]
 
 
-def serve(answer: Callable[[Mapping[str, Any]], Reply]) -> None:
+def _cold(module: str, folder: Path, path: str) -> int | None:
+    """Answer in a new interpreter; its exit status."""
+    with (folder / OUTPUT).open("w+b") as output:  # to be read as well, by who asks what was printed
+        server = subprocess.Popen(
+            [sys.executable, "-u", "-m", __name__, module, str(folder)], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            server.wait()
+        finally:
+            _end(server.pid)
+            server.wait()
+    return server.returncode
+
+
+def _warm(module: str, folder: Path, path: str) -> int | None:
+    """Answer in a child of the fork server; its exit status."""
+    (folder / OUTPUT).touch()
+    with forks.starting() as context:
+        process = context.Process(target=_settle, args=(module, str(folder), {**os.environ, "PYTHONPATH": path}))
+        process.start()
+    try:
+        process.join()
+    finally:
+        _end(process.pid or 0)
+        process.join()
+    return process.exitcode
+
+
+def _end(leader: int) -> None:
+    """Whatever a plugin has started ends with the one that read it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _settle(module: str, folder: str, environment: Mapping[str, str]) -> None:
+    """What a new interpreter would have: a session, streams and an environment of its own."""
+    os.setsid()
+    output, nothing = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
+    for stream, place in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(stream, place)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(os.fdopen(place, "wb", 0, closefd=False), write_through=True) for place in (1, 2)
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    serve(module, Path(folder))
+
+
+def serve(module: str, folder: Path) -> None:
     """The main of a child: answer what `ask` wrote down."""
-    folder = Path(sys.argv[1])
+    answer: Callable[[Mapping[str, Any]], Reply] = importlib.import_module(module).answer
     asked = json.loads((folder / REQUESTS).read_text())
     requests: list[Mapping[str, Any]] = asked["requests"]
     groups: dict[str, list[int]] = {}
@@ -117,4 +163,7 @@ def _read(folder: Path, index: int) -> Reply | None:
     return found
 
 
-__all__ = ["Reply", "ask", "serve", "signal_name"]
+__all__ = ["Reply", "ask", "signal_name"]
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]))

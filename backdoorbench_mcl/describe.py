@@ -1,4 +1,4 @@
-"""The child that reads classes: `python -m backdoorbench_mcl.describe FOLDER` (see `children`).
+"""What a child says of classes (see `children`).
 
 Importing a plugin's class may cost seconds (torch), print, hang, exit or crash. It happens here, so that the
 driver answers at once, and learns of every class only what this process wrote down.
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import api, caches
-from .children import serve
 from .errors import BbmclError, PluginError
 from .method import Method, schema
 
@@ -160,11 +159,3 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OURS = frozenset(sys.modules)  # what is imported before any plugin
-
-
-def main() -> None:
-    serve(answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The child that imports entry modules: `python -m backdoorbench_mcl.listing FOLDER` (see `children`).
+"""What a child says of entry modules (see `children`).
 
 pluggy's own loader trusts too much: one ImportError ends the host, a misspelt hook registers silently, one
 raising hook ends the collection. So each entry point is loaded here on its own, and whatever goes wrong becomes one
@@ -21,7 +21,7 @@ from typing import Any
 import pluggy
 
 from . import __version__, hookspecs
-from .children import Reply, serve
+from .children import Reply
 from .hooks import NAMESPACE, Entry
 
 COLLECTING = ("bbmcl_attacks", "bbmcl_models", "bbmcl_inverters", "bbmcl_defenses", "bbmcl_datasets")
@@ -156,11 +156,3 @@ def _printed(before: int) -> str:
         lines = os.pread(1, min(size, 2000), before).decode(errors="replace").split("\n")
         return re.sub(r"\s+", " ", next((line for line in lines if line.strip()), "")).strip()[:80] or "blank lines"
     return "something"
-
-
-def main() -> None:
-    serve(answer)
-
-
-if __name__ == "__main__":
-    main()

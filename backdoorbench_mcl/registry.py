@@ -213,7 +213,7 @@ class Registry:
         return [reply or {} for reply in replies]
 
     def _child(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout)
+        replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout, warm=True)
         return [
             {"error": f"{request['target']} {reply['fate']}", "broken": True} if "fate" in reply else reply
             for request, reply in zip(requests, replies, strict=True)

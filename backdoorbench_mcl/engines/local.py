@@ -15,22 +15,18 @@ import os
 import signal
 import struct
 import sys
-import tempfile
 import threading
 import time
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .. import forks, plainfiles
 from .. import memory as machine
-from .. import plainfiles
 from ..children import signal_name
-from ..errors import UserError
 
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
@@ -134,32 +130,6 @@ class _Reporter:
             self.messages.send_bytes(_PROGRESS.pack(int(done), int(total), self.images / max(now - self.start, 1e-9)))
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block: a child that is half started would be nobody's to end.
-
-    The fork server must be running, or it and its children would inherit that they wait.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _no_main() -> Iterator[None]:
-    """Children do not import the main module, as those of multiprocessing do: they need nothing of it, importing a
-    command line takes time, and a script that calls `run` without `if __name__ == "__main__"` would run in each again.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -202,9 +172,6 @@ class Local:
         self.room = ROOM * machine.total()
         self._running: dict[Path, _Running] = {}
         self._done: list[Finished] = []
-        self._context = multiprocessing.get_context("forkserver")
-        if not inline:
-            self._context.set_forkserver_preload(["backdoorbench_mcl.engines.warm"])
 
     def __enter__(self) -> Local:
         return self
@@ -225,19 +192,9 @@ class Local:
                 jobs.run(folder, lambda done, total, images: None, lambda: None)
             self._done.append(self._conclude(folder, 0, None))
             return
-        try:
-            with _no_main():
-                forkserver.ensure_running()
-        except OSError as error:
-            if "AF_UNIX" not in str(error):
-                raise
-            raise UserError(
-                f"the temporary folder {tempfile.gettempdir()} has too long a path for a socket (107 bytes with its "
-                "name); set TMPDIR to a shorter one, as in TMPDIR=/tmp"
-            ) from error
-        with _undisturbed(), _no_main():
-            receive, send = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_child, args=(str(folder), send), daemon=True)
+        with forks.starting() as context:
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(str(folder), send), daemon=True)
             process.start()
             send.close()
             deadline = None if self.timeout is None else time.monotonic() + self.timeout
