@@ -336,7 +336,7 @@ def check(
 
     names = [part.strip() for part in (only or "").split(",") if part.strip()]
     well = True
-    for subject in authoring.subjects(runner.registry(), name, kind):
+    for subject in authoring.subjects(runner.registry(jobs=False), name, kind):
         print(f"{subject['kind']} {subject['label']}", flush=True)
         results = checking.run(subject, names, timeout)
         well &= checking.lines(results, lambda line: print(line, flush=True))

@@ -102,12 +102,15 @@ class Described:
 class Registry:
     """The methods of an installation.
 
-    cache: folder of descriptions; timeout: seconds that a child may take; say: told of what takes seconds.
+    cache: folder of descriptions; timeout: seconds that a child may take; say: told of what takes seconds; warm: the
+    fork server is needed in any case, so that its children read classes.
     """
 
     def __init__(
-        self, plugins: Plugins, cache: Path, timeout: float = 120.0, say: Callable[[str], None] = lambda line: None
-    ) -> None:
+        self, plugins: Plugins, cache: Path, timeout: float = 120.0, say: Callable[[str], None] = lambda line: None,
+        warm: bool = False,
+    ) -> None:  # fmt: skip
+        self.warm = warm
         self.say = say
         self.said = False
         self.plugins = plugins
@@ -213,7 +216,7 @@ class Registry:
         return [reply or {} for reply in replies]
 
     def _child(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout, warm=True)
+        replies = children.ask("backdoorbench_mcl.describe", requests, self.timeout, self.warm)
         return [
             {"error": f"{request['target']} {reply['fate']}", "broken": True} if "fate" in reply else reply
             for request, reply in zip(requests, replies, strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from . import artefacts, cells, confine, datacache, params, plan, plugins, presets, provenance, request
+from . import artefacts, cells, confine, datacache, forks, params, plan, plugins, presets, provenance, request
 from .engines.local import Finished, Isolation, Local
 from .errors import UserError
 from .grant import Grants
@@ -129,7 +129,7 @@ def check_data(text: str, root: Path | None) -> list[str]:
 
     Raises UserError where the data are missing, or where the copy is damaged.
     """
-    known = registry()
+    known = registry(jobs=False)
     dataset = known.describe([Wanted("dataset", params.selection(text))])[0]
     info = prepare_data(known, cache_folder())(dataset, root, cells.key({"dataset": dataset.identity}))
     problems = datacache.check(info)
@@ -145,9 +145,14 @@ def check_data(text: str, root: Path | None) -> list[str]:
     ]
 
 
-def registry(say: Callable[[str], None] = lambda line: None) -> Registry:
-    """The methods of this installation, with the user's cache; `say` is told of what takes seconds."""
-    return Registry(plugins.load(), cache_folder(), say=say)
+def registry(say: Callable[[str], None] = lambda line: None, jobs: bool = True) -> Registry:
+    """The methods of this installation, with the user's cache; `say` is told of what takes seconds.
+
+    jobs: some will be run, so that their fork server is started at once and imports torch meanwhile.
+    """
+    if jobs:
+        forks.start()
+    return Registry(plugins.load(), cache_folder(), say=say, warm=jobs)
 
 
 def summary(asked: request.Request, using: Resources) -> list[str]:
@@ -178,7 +183,7 @@ def _names(methods: Sequence[Described]) -> str:
 def dry_run(options: Options, settings: Settings) -> list[str]:
     """What a run would do, in lines: cells, missing and stored stages. Computes nothing but the data cache."""
     check(settings)
-    known = registry()
+    known = registry(jobs=False)
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))
     using = resources(settings, asked.device)
     graph = plan.build(asked)
