@@ -21,7 +21,10 @@ DefenseSeeds = Annotated[str, typer.Option(help="Defense seeds.")]
 Preset = Annotated[str, typer.Option(help="What is done: paper, authors or clean.")]
 Budget = Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", "--devices", help="auto, cpu, cuda, cuda:N; several GPUs, a worker each: cuda:0,cuda:1."),
+]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")]
 Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
 Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]

@@ -81,8 +81,10 @@ class Grants:
             "snapshot_every": snapshot_every,
         }
 
-    def fill(self, node: Node, inputs: Mapping[str, Path], folder: Path) -> None:
+    def fill(self, node: Node, inputs: Mapping[str, Path], folder: Path, device: str | None = None) -> None:
         """Write `spec.json` and `in/` of the job that computes `node`, from the verified artefacts of its inputs.
+
+        device: the one of several that this job gets, None where the run has one.
 
         Raises PluginError when the method declared knowledge that cannot be granted, NotApplicable where the attack has
         no such thing to tell.
@@ -93,6 +95,7 @@ class Grants:
         spec: dict[str, Any] = {
             "job": node.kind,
             **self.common,
+            "device": device or self.common["device"],
             "snapshot": str(snapshots),
             "readable": [],
             "seeds": {role: self._seed(node, role) for role in ROLES[node.kind]},

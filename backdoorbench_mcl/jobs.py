@@ -209,7 +209,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
     result["seconds"] = time.perf_counter() - started
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if job.device.type == "cuda" and torch.cuda.is_initialized():
-        result["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        result["peak_gpu_mb"] = torch.cuda.max_memory_allocated(job.device) / 2**20
     result["strays"] = strays[:20]
     result["changed"] = globalstate.changed(before) if before else []
     result["curves"] = job.curves

@@ -96,6 +96,7 @@ class Progress:
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb" if live is None else live
         self._clock = clock
         self._total = total_cells
+        self._told, self._left = False, ""
         self._cells = 0
         self._bad = 0
         self._stages: dict[str, _Stage] = {}
@@ -140,7 +141,8 @@ class Progress:
         elif now - stage.last >= HEARTBEAT:
             stage.last = now
             share = f"{100 * done / total:.0f} %" if total else ""
-            self._line(f"  {stage.title}: {', '.join(filter(None, (share, speed, ahead)))}")
+            whole = self._left and f"{self._left} of the run"
+            self._line(f"  {stage.title}: {', '.join(filter(None, (share, speed, ahead, whole)))}")
 
     def finished(self, key: str, title: str, state: str, seconds: float, reason: str = "") -> None:
         """A stage ended. On a terminal only a failure leaves a line behind."""
@@ -165,6 +167,18 @@ class Progress:
         self._line(f"[{self._cells}/{self._total}] {name}: {result}", needed=not good or bool(row.blame))
         if self._bars is not None and self._overall is not None:
             self._bars.update(self._overall, completed=self._cells, speed=self._summary())
+
+    def ahead(self, seconds: float | None, text: str) -> None:
+        """How long the run takes from here on, None where that is unknown: the first time as a line that says `text`.
+
+        Later on a terminal shows it beside the cells, and other streams with a stage that runs long.
+        """
+        if not self._told:
+            self._told = True
+            self._line(f"time: {one_line(text)}", needed=True)
+        self._left = "" if seconds is None else f"{duration(seconds)} left"
+        if self._bars is not None and self._overall is not None:
+            self._bars.update(self._overall, left=self._left)
 
     def note(self, text: str) -> None:
         """One line about the run as a whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -88,24 +89,36 @@ def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
 
 
 def resolve_device(text: str) -> str:
-    """`auto` is `cuda` where torch sees a GPU, else `cpu`; `cuda`, `cuda:N` are checked. Raises UserError."""
+    """`auto` is `cuda` where torch sees a GPU, else `cpu`; `cuda`, `cuda:N` and lists of these are checked.
+
+    Raises UserError. Example: `resolve_device("cuda:0,cuda:1")`
+    """
     if text == "cpu":
         return text
-    if text != "auto" and text != "cuda" and not (text.startswith("cuda:") and text[5:].isdigit()):
-        raise UserError(f"--device {text!r}: expected auto, cpu, cuda or cuda:N")
+    parts = [part.strip() for part in text.split(",")]
+    if text != "auto" and not all(re.fullmatch(r"cuda(:[0-9]{1,3})?", part) for part in parts):
+        raise UserError(f"--device {text!r}: expected auto, cpu, cuda, cuda:N, or several GPUs as in cuda:0,cuda:1")
+    places = [int(part.partition(":")[2] or 0) for part in parts] if text != "auto" else [0]
+    if len(set(places)) < len(places):
+        raise UserError(f"--device {text!r}: names a GPU twice; --workers is how many jobs run at once")
     driver = any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd"))
-    count = 0
+    found: list[str] = []
     if driver:  # only then is asking torch worth two seconds
-        code = "import torch; print(torch.cuda.device_count())"
+        code = "import torch as t; print(*map(t.cuda.get_device_name, range(t.cuda.device_count())), sep='\\n')"
         asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-        count = int(asked.stdout.strip() or 0) if asked.returncode == 0 else 0
+        found = asked.stdout.split("\n")[:-1] if asked.returncode == 0 and asked.stdout.strip() else []
     if text == "auto":
-        return "cuda" if count else "cpu"
-    if int(text[5:] or 0) >= count:
+        return "cuda" if found else "cpu"
+    if max(places) >= len(found):
         raise UserError(
-            f"--device {text}: torch sees {count} CUDA device{'' if count == 1 else 's'} here; use --device cpu"
+            f"--device {text}: torch sees {len(found)} CUDA device{'' if len(found) == 1 else 's'} here; use --device "
+            "cpu"
         )
-    return text
+    if len(models := {found[place] for place in places}) > 1:
+        raise UserError(
+            f"--device {text}: these are {' and '.join(sorted(models))}, whose numbers differ; name GPUs of one model"
+        )
+    return ",".join(parts)
 
 
 def resolve_precision(text: str, device: str) -> Precision:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from . import artefacts, cells, confine, datacache, forks, params, plan, plugins, presets, provenance, request
+from . import artefacts, cells, confine, costs, datacache, forks, params, plan, plugins, presets, provenance, request
+from .agenda import Agenda
 from .engines.local import Finished, Isolation, Local
 from .errors import UserError
 from .grant import Grants
@@ -20,7 +21,7 @@ from .matrix import Matrix
 from .progress import Progress
 from .registry import Described, Registry, Wanted, cache_folder
 from .request import Options
-from .rows import Row
+from .rows import FINAL_STATES, Row
 from .store import Store
 from .text import one_line
 
@@ -73,13 +74,15 @@ def check(settings: Settings) -> None:
 
 
 def resources(settings: Settings, device: str) -> Resources:
-    """The static rules of design 3.3: on a CPU one worker per core with one thread each (up to MAX_WORKERS), on CUDA
-    one worker; a single worker gets every core. Raises UserError for numbers out of range.
+    """The static rules of design 3.3: on a CPU one worker per core with one thread each (up to MAX_WORKERS), else one
+    per GPU; with more of them a GPU gets several jobs where their memory was measured and fits. A single worker gets
+    every core. Raises UserError for numbers out of range.
     """
     check(settings)
     cores = provenance.cores()
     inline = settings.isolation == "inline"
-    default = 1 if inline or device.startswith("cuda") else min(cores, MAX_WORKERS)
+    gpus = len(device.split(",")) if device.startswith("cuda") else 0
+    default = 1 if inline else gpus or min(cores, MAX_WORKERS)
     workers = 1 if inline else settings.workers or default
     threads = settings.threads or (1 if workers > 1 else cores)
     if settings.isolation != "auto":
@@ -187,10 +190,11 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))
     using = resources(settings, asked.device)
     graph = plan.build(asked)
-    stored: set[str] = set()
+    stored, time = set[str](), "unknown, nothing like it was measured here"
     if Store.exists(settings.runs):
         store = Store(settings.runs)
-        stored = {key for key in graph.nodes if store.stage(key) is not None}
+        stored = store.keys() & set(graph.nodes)
+        time = str(_forecast(graph, store, stored, asked, using))
         store.close()
     kinds = Counter(node.kind for node in graph.nodes.values())
     missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
@@ -198,7 +202,22 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     for kind in get_args(plan.Kind):
         if kinds[kind] or kind not in ("surrogate", "suspect", "verdict", "retune", "embed"):
             lines.append(f"  {kind:9} {missing[kind]:5} to compute, {kinds[kind] - missing[kind]:5} stored")
-    return lines
+    return [*lines, f"time: {time}"]
+
+
+def _forecast(
+    graph: plan.Plan, store: Store, stored: set[str], asked: request.Request, using: Resources
+) -> costs.Forecast:
+    """What the stages take that rows lack: some that are missing only finished rows once needed."""
+    known = costs.of(graph, store, asked.device, using.threads)
+    ahead = costs.ahead(graph, set(graph.nodes) - stored, known)
+    left = Agenda(graph, ahead)
+    for i, cell in enumerate(graph.cells):
+        row = store.row(cell.key)
+        if row is not None and row.state in FINAL_STATES:
+            left.close(i)
+    missing = [key for key in graph.nodes if key not in stored and left.waiting[key]]
+    return costs.forecast(graph, missing, known, using.workers, lambda key: left.rank(graph.nodes[key]))
 
 
 def _require_room_for(runs: Path) -> None:

@@ -36,6 +36,7 @@ class Standing:
         self.stages: dict[str, Stage] = {}
         self.absent: set[str] = set()  # not stored when it was last looked for
         self.failures: dict[str, Failure] = {}
+        self.changed: set[str] = set()  # stages that came, went or failed since somebody looked
 
     def _stage(self, key: str) -> Stage | None:
         """The stage if it exists: what another driver has stored meanwhile counts.
@@ -73,6 +74,7 @@ class Standing:
         except Damaged:
             for other in [k for k, s in self.stages.items() if s.artefact == stage.artefact]:
                 del self.stages[other]
+                self.changed.add(other)
             raise
 
     def _cause(self, key: str) -> Failure | None:

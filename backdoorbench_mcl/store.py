@@ -28,6 +28,11 @@ from .text import one_line
 
 _FOLDERS = ("artefacts", "snapshots", "locks")
 _STAGES = "SELECT key, kind, spec, artefact, numerics, cost FROM stage"
+_MEASURED = (
+    "SELECT spec, COALESCE(json_extract(cost, '$.wall'), json_extract(cost, '$.seconds')), "
+    "json_extract(cost, '$.peak_gpu_mb') FROM stage WHERE json_extract(numerics, '$.machine') = ? "
+    "AND json_extract(numerics, '$.threads') = ? ORDER BY created DESC, key LIMIT ?"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,15 @@ class Stage:
             if not isinstance(value, wanted) or not plain or (wanted is str and not value.isprintable()):
                 raise ValueError(f"{name} of a stage is {str(value)[:80]!r}")
         return cls(**item)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a stage took. seconds: from the start of its job to its result; gpu_mb: at its peak, None without a GPU."""
+
+    spec: Mapping[str, Any]
+    seconds: float
+    gpu_mb: float | None = None
 
 
 class Claim:
@@ -138,6 +152,17 @@ class Store:
         with self._reading():
             found = self.ledger.read(_STAGES + " ORDER BY created, key")
             return [_stage(record) for record in found]
+
+    def keys(self) -> set[str]:
+        """Keys of all finished stages."""
+        return {str(key) for (key,) in self.ledger.read("SELECT key FROM stage")}
+
+    def measured(self, machine: str, threads: int, most: int) -> list[Measured]:
+        """What stages took on this class of machine with so many threads; the newest `most`, oldest first."""
+        with self._reading():
+            found = self.ledger.read(_MEASURED, machine, threads, most)
+            told = [(json.loads(spec), seconds, gpu) for spec, seconds, gpu in found if _positive(seconds)]
+            return [Measured(spec, seconds, gpu if _positive(gpu) else None) for spec, seconds, gpu in reversed(told)]
 
     def open(self, stage: Stage) -> Path:
         """The verified artefact of a stage. One that is damaged is forgotten, so that it is computed again: Damaged."""
@@ -255,10 +280,15 @@ def _text(value: Any, ordered: bool = False) -> str:
         raise UserError(f"a result with a number that is not finite cannot be stored: {error}") from error
 
 
+def _positive(value: Any) -> bool:
+    """Whether a number of a database that may come from elsewhere is one."""
+    return isinstance(value, int | float) and 0 < value < 1e9
+
+
 def _stage(record: tuple[Any, ...]) -> Stage:
     key, kind, spec, artefact, numerics, cost = record
     parts = {"spec": json.loads(spec), "numerics": json.loads(numerics), "cost": json.loads(cost)}
     return Stage.from_dict({"key": key, "kind": kind, "artefact": artefact, **parts})
 
 
-__all__ = ["Claim", "Stage", "Store"]
+__all__ = ["Claim", "Measured", "Stage", "Store"]

@@ -1,0 +1,173 @@
+"""What stages take, from what stages like them took (design: estimates are measurements or "unknown"). Free of torch.
+
+Two stages are of one sort when they differ in seeds alone: same work, same methods with the same parameters, same
+network, data and precision, on the same class of machine with the same number of threads. None stands in for another.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import provenance
+from .cells import canonical
+from .plan import Plan
+from .progress import duration
+from .store import Measured, Store
+
+Specs = Callable[[str], "Mapping[str, Any] | None"]  # key of a stage -> what is hashed
+_OTHERS = ("victim", "weights")  # where a spec names the stage whose network and data it shares
+_SEEDS = {"victim_seed", "defense_seed", "trial", "test", *_OTHERS}
+_GIVEN = {"target", "verdict", "needs"}  # which one is given makes no difference, whether one is does
+REMEMBERED = 5000  # the newest stages of a store that are looked at
+RECENT = 20  # measurements of a sort that an estimate rests on: machines and versions change
+
+
+def sort(spec: Mapping[str, Any], specs: Specs) -> str:
+    """The sort of a stage; specs: looks up the stages that it was made from. "" where these are gone."""
+    own = {name: value for name, value in spec.items() if name not in _SEEDS}
+    own |= {name: spec[name] not in (None, {}) for name in _GIVEN & set(spec)}
+    root: Mapping[str, Any] | None = spec
+    while root is not None and "data" not in root:
+        other = next((root[name] for name in _OTHERS if name in root), None)
+        root = None if other is None else specs(other)
+    if root is None:
+        return ""
+    return canonical({**own, "data": root["data"], "model": root["model"]})
+
+
+class Costs:
+    """Estimates of the stages of a plan. measured: oldest first; specs: of stages that the plan lacks."""
+
+    def __init__(self, plan: Plan, measured: Iterable[Measured], specs: Specs = lambda key: None) -> None:
+        self.plan = plan
+        self._specs = specs
+        self._seconds: dict[str, deque[float]] = {}
+        self._gpu: dict[str, deque[float]] = {}
+        self._sorts: dict[str, str] = {}
+        for stage in measured:
+            self._add(sort(stage.spec, self._spec), stage.seconds, stage.gpu_mb)
+
+    def _spec(self, key: str) -> Mapping[str, Any] | None:
+        return self.plan.nodes[key].spec if key in self.plan.nodes else self._specs(key)
+
+    def _add(self, name: str, seconds: float, gpu_mb: float | None) -> None:
+        self._seconds.setdefault(name, deque(maxlen=RECENT)).append(seconds)
+        if gpu_mb is not None:
+            self._gpu.setdefault(name, deque(maxlen=RECENT)).append(gpu_mb)
+
+    def sort(self, key: str) -> str:
+        """The sort of a stage of the plan."""
+        if key not in self._sorts:
+            self._sorts[key] = sort(self.plan.nodes[key].spec, self._spec)
+        return self._sorts[key]
+
+    def add(self, key: str, seconds: float, gpu_mb: float | None = None) -> None:
+        """A stage of the plan has just been measured."""
+        self._add(self.sort(key), seconds, gpu_mb)
+
+    def seconds(self, key: str) -> float | None:
+        """What a stage takes, the median of its sort; None where nothing of it was measured."""
+        found = self._seconds.get(self.sort(key)) if self._seconds else None
+        return statistics.median(found) if found else None
+
+    def gpu_mb(self, key: str) -> float | None:
+        """The most memory of a GPU that a stage of this sort has held, None where that was not measured."""
+        found = self._gpu.get(self.sort(key)) if self._gpu else None
+        return max(found) if found else None
+
+
+def of(plan: Plan, store: Store, device: str, threads: int) -> Costs:
+    """What the store measured on machines like this one with as many threads a job."""
+
+    def spec(key: str) -> Mapping[str, Any] | None:
+        stage = store.stage(key)
+        return None if stage is None else stage.spec
+
+    return Costs(plan, store.measured(provenance.machine_class(device), threads, REMEMBERED), spec)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long a run takes. seconds: with `unknown` of `stages` stages counted as nothing; None where nothing of it was
+    measured.
+    """
+
+    seconds: float | None
+    unknown: int
+    stages: int
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return "nothing is left to compute"
+        if self.seconds is None:
+            return "unknown, nothing like it was measured here"
+        some = f", without {self.unknown} of {self.stages} stages, which were not measured yet" if self.unknown else ""
+        return f"about {duration(self.seconds)}{some}"
+
+
+def forecast(plan: Plan, missing: Collection[str], costs: Costs, workers: int, rank: Callable[[str], Any]) -> Forecast:
+    """What computing the `missing` stages takes with `workers` jobs at once, the smallest `rank` first."""
+    known = {key: costs.seconds(key) for key in missing}
+    unknown = sum(seconds is None for seconds in known.values())
+    if unknown == len(known):
+        return Forecast(None, unknown, len(known))
+    return Forecast(makespan(plan, {key: s or 0.0 for key, s in known.items()}, workers, rank), unknown, len(known))
+
+
+def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Callable[[str], Any]) -> float:
+    """Seconds that the stages of `seconds` take, `workers` at once, each after those that it is made from.
+
+    Of those that can be started the one with the smallest `rank` is. Stages that are not in `seconds` exist.
+    """
+    above = {
+        key: {other for other in (*node.inputs.values(), *filter(None, [node.gated_by])) if other in seconds}
+        for key, node in plan.nodes.items() if key in seconds
+    }  # fmt: skip
+    below: dict[str, list[str]] = {}
+    for key, others in above.items():
+        for other in others:
+            below.setdefault(other, []).append(key)
+    ready = [(rank(key), key) for key, others in above.items() if not others]
+    heapq.heapify(ready)
+    running: list[tuple[float, str]] = []
+    now = 0.0
+    while ready or running:
+        while ready and len(running) < workers:
+            _, key = heapq.heappop(ready)
+            heapq.heappush(running, (now + seconds[key], key))
+        now, done = heapq.heappop(running)
+        for key in below.get(done, ()):
+            above[key].discard(done)
+            if not above[key]:
+                heapq.heappush(ready, (rank(key), key))
+    return now
+
+
+def ahead(plan: Plan, missing: Collection[str], costs: Costs) -> dict[str, float]:
+    """Stage -> seconds of the longest chain of stages that begins with it: the critical path, from there on.
+
+    A stage that was not measured counts as much as the median of its kind in the plan; what exists, as nothing.
+    """
+    known = {key: seconds for key in missing if (seconds := costs.seconds(key)) is not None}
+    kinds: dict[str, list[float]] = {}
+    for key, seconds in known.items():
+        kinds.setdefault(plan.nodes[key].kind, []).append(seconds)
+    typical = {kind: statistics.median(found) for kind, found in kinds.items()}
+    return tails(plan, {key: known.get(key, typical.get(plan.nodes[key].kind, 0.0)) for key in missing})
+
+
+def tails(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
+    """The longest chain that begins with each stage. seconds: of stages alone, nothing for those that it lacks."""
+    out = {key: seconds.get(key, 0.0) for key in plan.nodes}
+    for key, node in reversed(plan.nodes.items()):  # a plan names inputs before what is made from them
+        for other in (*node.inputs.values(), *filter(None, [node.gated_by])):
+            out[other] = max(out[other], seconds.get(other, 0.0) + out[key])
+    return out
+
+
+__all__ = ["RECENT", "Costs", "Forecast", "ahead", "forecast", "makespan", "of", "sort", "tails"]

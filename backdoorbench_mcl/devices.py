@@ -1,0 +1,63 @@
+"""Which GPU a job gets. Free of torch.
+
+A GPU without a job takes any; one that has jobs takes another only where memory that was measured says that all fit.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+
+CONTEXT = 600.0  # MiB that a process takes of a GPU beside what it allocates: its context and libraries
+ROOM = 0.9  # of a GPU's memory: what was measured is what tensors took, and allocators round up
+
+
+class Devices:
+    """The devices of a run. names: as a job knows them, "cpu" or "cuda:N"; memory: MiB in all, of those known."""
+
+    def __init__(self, names: Sequence[str], memory: Mapping[str, float]) -> None:
+        self.names = list(names)
+        self.memory = dict(memory)
+        self.held: dict[str, list[float | None]] = {name: [] for name in names}
+
+    def place(self, need: float | None) -> str | None:
+        """The device for a job that allocates `need` MiB, None where that was not measured; None where none has room.
+
+        It is the one with the fewest jobs that can take it. Example: `Devices(["cuda:0"], {}).place(None)`
+        """
+        able = [name for name in self.names if self._takes(name, need)]
+        if not able:
+            return None
+        best = min(able, key=lambda name: len(self.held[name]))
+        self.held[best].append(need)
+        return best
+
+    def _takes(self, name: str, need: float | None) -> bool:
+        if not self.held[name] or not name.startswith("cuda"):
+            return True
+        together = [*self.held[name], need]
+        known = [size for size in together if size is not None]
+        room = ROOM * self.memory.get(name, 0.0)
+        return len(known) == len(together) and sum(known) + CONTEXT * len(known) <= room
+
+    def release(self, name: str, need: float | None) -> None:
+        """A job that was placed has ended."""
+        self.held[name].remove(need)
+
+
+def measure(names: Sequence[str]) -> dict[str, float]:
+    """MiB of each GPU that the driver's own tool tells of, {} where there is none."""
+    wanted = [name for name in names if name.startswith("cuda")]
+    if not wanted:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        sizes = [float(line) for line in told.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    places = {name: int(name.partition(":")[2] or 0) for name in wanted}
+    return {name: sizes[place] for name, place in places.items() if place < len(sizes)}
+
+
+__all__ = ["CONTEXT", "ROOM", "Devices", "measure"]
