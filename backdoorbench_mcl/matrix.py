@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from . import artefacts, evaluate, plugins, provenance, remarks
 from .artefacts import Damaged, require_plain
-from .engines.local import Finished, Isolation, Local, Progress
+from .engines.base import Engine, Finished, Isolation, Progress
 from .errors import BbmclError, NotApplicable, PluginError, UserError
 from .grant import Grants, poisoned
 from .plan import Cell, Node, Plan
@@ -52,7 +52,7 @@ class Matrix(Standing):
     """One run of a plan on a store. retry: try stages again that failed in an earlier run."""
 
     def __init__(
-        self, plan: Plan, store: Store, grants: Grants, engine: Local, display: Display, *, retry: bool = True,
+        self, plan: Plan, store: Store, grants: Grants, engine: Engine, display: Display, *, retry: bool = True,
         observers: Sequence[tuple[Plugin, Observer]] = (),
     ) -> None:  # fmt: skip
         super().__init__(plan, store, display)
@@ -235,15 +235,15 @@ class Matrix(Standing):
             require_plain(out)  # before anything is read from it or written to it
             if trial is not None:
                 self.grants.judge(node, trial, out)
-            stage = self._finished(job, event.result)
+            stage = self._finished(job, event)
             self.stages[node.key] = self.store.commit(stage, out)
         except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
             self._fail(node, Failure("failed", f"left a result of no use: {_line(error)}"), event.log, seconds)
             return
         self.display.finished(node.key, node.title, "ok", seconds)
 
-    def _finished(self, job: _Job, result: Mapping[str, Any]) -> Stage:
-        node, common = job.node, self.grants.common
+    def _finished(self, job: _Job, event: Finished) -> Stage:
+        node, common, result, made = job.node, self.grants.common, event.result, event.made
         packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()}
         numerics = {
             "device": common["device"],
@@ -253,9 +253,9 @@ class Matrix(Standing):
             "strays": result.get("strays", []),
             "changed": result.get("changed", []),
             "curves": result.get("curves", {}),
-            "machine": provenance.machine_class(str(common["device"])),
-            "versions": provenance.versions(self.data | packages),
-            "origin": self.origin,
+            "machine": made.get("machine") or provenance.machine_class(str(common["device"])),
+            "versions": {**provenance.versions(self.data | packages), **made.get("versions", {})},
+            "origin": {**self.origin, **made.get("origin", {})},
             "inputs": dict(job.inputs),
         }
         cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
