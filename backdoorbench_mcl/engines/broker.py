@@ -33,7 +33,8 @@ from .base import LOG
 from .local import MOST_REASON, MOST_RESULT, STATES, sound
 
 ATTEMPTS = 3  # of a job whose node or Ray worker was lost
-PATIENCE = 5.0  # seconds: for a port to answer, for jobs to end by themselves, between two looks at the nodes
+PATIENCE = 5.0  # seconds: for a port to answer, for jobs to end by themselves
+LOOK = 2.0  # seconds between two looks at the nodes
 KEPT = 1 << 30  # bytes of inputs that stay in the object store for later jobs
 MOST_FILES, MOST_BYTES, MOST_MADE = 16, 64 << 30, 64 << 10
 MOST_LOG = 8000  # characters
@@ -68,7 +69,7 @@ class Intake:
         if "file" in message:
             self._write(message["file"], message.get("part"))
         elif "node" in message:
-            self.node = {name: _text(message.get(name), 200) for name in ("node", "address", "host")}
+            self.node = {name: _text(message.get(name), 200) for name in ("node", "address", "host", "pid")}
         elif "made" in message:
             self.made = _made(message["made"])
         elif "ended" in message:
@@ -198,6 +199,24 @@ class Broker:
             if one["Alive"] and slots:
                 found[str(one["NodeID"])] = slots
         return found
+
+    def watch(self, slots: int) -> None:
+        """Tell of nodes that come and go. Ends this process when that of the driver's own machine, or the head, is
+        gone: Ray would wait for it.
+        """
+        own = ray.get_runtime_context().get_node_id()
+        while not self.closing:
+            time.sleep(LOOK)
+            try:
+                if not any(one["Alive"] and one["NodeID"] == own for one in ray.nodes()):
+                    raise RuntimeError("the Ray node of this machine has ended")
+                if (now := sum(self.nodes().values())) != slots:
+                    slots = now
+                    self.say(slots=now)
+            except Exception as error:
+                if not self.closing:
+                    print(one_line(str(error), 300), file=sys.stderr, flush=True)
+                    os._exit(1)
 
     def start(self, folder: Path) -> None:
         """Follow a job in a thread of its own: its messages come when they come."""
@@ -371,20 +390,9 @@ def main() -> None:
     broker = Broker(asked, tell)
     slots = sum(broker.nodes().values())
     broker.say(ready=slots)
-    ended = threading.Event()
-
-    def look() -> None:
-        nonlocal slots
-        while not ended.wait(PATIENCE):
-            now = sum(broker.nodes().values())
-            if now != slots:
-                slots = now
-                broker.say(slots=now)
-
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=broker.watch, args=(slots,), daemon=True).start()
     for line in sys.stdin:
         broker.start(Path(json.loads(line)))
-    ended.set()
     timer = threading.Timer(4 * PATIENCE, os._exit, (1,))  # whatever hangs: the driver has gone
     timer.daemon = True
     timer.start()

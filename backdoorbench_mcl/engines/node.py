@@ -148,7 +148,7 @@ def run(request: Mapping[str, Any]) -> Iterator[Message]:
 
     context = ray.get_runtime_context()
     node = ray.util.get_node_ip_address()
-    yield {"node": context.get_node_id(), "address": node, "host": socket.gethostname()}
+    yield {"node": context.get_node_id(), "address": node, "host": socket.gethostname(), "pid": str(os.getpid())}
     if problem := unlike(request["wanted"], node):
         yield {"refused": problem}
         return
@@ -175,9 +175,12 @@ def run(request: Mapping[str, Any]) -> Iterator[Message]:
 
 def _child(folder: Path, request: Mapping[str, Any]) -> Iterator[Message]:
     ended: Finished | None = None
+    raylet = os.getppid()
     with Local(1, request["timeout"], memory=request["memory"]) as engine:
         engine.start(folder)
         while ended is None:
+            if os.getppid() != raylet:  # Ray lets an orphan run on, and its driver wait for it, until it next speaks
+                os._exit(1)  # the child ends itself; what runs the job again shall not share its snapshots
             for event in engine.events():
                 if isinstance(event, Progress):
                     yield {"progress": [event.done, event.total, event.rate]}
