@@ -25,7 +25,7 @@ from ..text import one_line
 from .base import Finished, Progress
 
 TOKEN = "cluster.token"  # noqa: S105 (a file in the runs folder, by which a node knows that it sees that folder)
-CONNECT = 60.0  # seconds for Ray to answer, or to be started here
+CONNECT, BEGIN = 20.0, 60.0  # seconds for a cluster to answer, for Ray to be started here
 END = 30.0  # seconds for all jobs to end
 
 
@@ -64,6 +64,7 @@ class Ray:
         self._folder = tempfile.TemporaryDirectory(prefix="bbmcl-ray-")
         self._running: set[Path] = set()
         self._rest = b""
+        self._answered = False
         self._broker = self._start_broker()
         try:
             self._send({
@@ -102,6 +103,8 @@ class Ray:
         with contextlib.suppress(OSError):
             os.close(self._input)
         try:
+            if not self._answered:  # nor does it listen, and no job of it runs
+                self._broker.kill()
             self._broker.wait(END)
         except subprocess.TimeoutExpired:  # Ray ends the jobs of a driver that has gone
             self._broker.kill()
@@ -131,18 +134,20 @@ class Ray:
             os.close(ours)
 
     def _await_answer(self, threads: int, gpus: float) -> None:
-        until = time.monotonic() + CONNECT
+        patience = BEGIN if self.address is None else CONNECT
+        until = time.monotonic() + patience
         while time.monotonic() < until:
             for line in self._lines(0.5):
                 told = json.loads(line)
                 if "problem" in told:
                     raise UserError(told["problem"])
-                self.slots = int(told["ready"])
+                self.slots, self._answered = int(told["ready"]), True
                 if not self.slots:
                     wants = f"{threads} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
                     raise UserError(f"no node of the Ray cluster has {wants}; try fewer --threads-per-job")
                 return
-        raise UserError(f"no Ray cluster answers at {self.address} within {CONNECT:g} s; see: ray status")
+        where = "Ray could not be started here" if self.address is None else f"no Ray cluster answers at {self.address}"
+        raise UserError(f"{where} within {patience:g} s; see: ray status")
 
     def _send(self, what: Any) -> None:
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import pytest
 import small
 from conftest import Bbmcl
 from nodes import ABSENT, HERE, Process, Two, below, cluster_of_two, processes, wait_until
-from test_engine import EPOCH, Bench, made_bench, watch
+from test_engine import EPOCH, Bench, made_bench, watch, weights
 
 from backdoorbench_mcl import artefacts, datacache, plan, provenance, runner
 from backdoorbench_mcl.engines import node
@@ -62,11 +63,15 @@ def notes() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def engine(two: Two, notes: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def engine(two: Two, notes: list[str], place: Path) -> Iterator[Ray]:
     """One for all that need no other: its Ray workers have their fork servers from then on."""
-    runs = tmp_path_factory.mktemp("engine") / "runs"
-    Store(runs).close()
-    with Ray(runs, two.address, timeout=LIMIT, say=notes.append) as made:
+    Store(place / "runs").close()
+    with Ray(place / "runs", two.address, timeout=LIMIT, say=notes.append) as made:
         yield made
 
 
@@ -198,15 +203,27 @@ def test_a_job_ends_as_it_does_on_the_local_engine(engine: Ray, bench: Bench, tm
     assert not (tmp_path / "ray" / "raise" / "out").exists()
 
 
-def test_a_job_on_a_node_tells_of_its_progress(engine: Ray, bench: Bench) -> None:
-    engine.start(bench.job(steps=100 * EPOCH, snapshot="progress"))
-    (finished,), seen = watch(engine, 1)
-    assert finished.state == "ok"
-    (events,) = seen.values()
-    assert len(events) > 1
-    done = [event.done for event in events]
-    assert done == sorted(set(done)) and {event.total for event in events} == {100 * EPOCH}
-    assert all(event.rate > 0 for event in events)
+def test_a_job_that_loses_its_ray_worker_goes_on_from_its_snapshot(engine: Ray, place: Path, notes: list[str]) -> None:
+    """In the runs folder, which the node sees. To the weights of the local engine; progress is told all along."""
+    notes.clear()
+    bench = made_bench(place)
+    straight, folder = bench.job(snapshot="straight"), bench.job()
+    killed: list[str] = []
+
+    def strike(event: Progress) -> None:
+        if not killed and event.total // 5 <= event.done < event.total:
+            killed.append(engine.where[event.folder]["pid"])
+            os.kill(int(killed[0]), signal.SIGKILL)
+
+    engine.start(folder)
+    (finished,), seen = watch(engine, 1, strike)
+    assert finished.state == "ok" and len(killed) == len(notes) == 1
+    assert "resumed at step" in finished.log
+    assert {event.total for event in seen[folder]} == {100 * EPOCH} and all(event.rate > 0 for event in seen[folder])
+    with Local(1) as local:
+        local.start(straight)
+        assert watch(local, 1)[0][0].state == "ok"
+    assert weights(folder) == weights(straight)
 
 
 def test_a_node_with_other_packages_refuses_and_others_do_the_work(
@@ -326,6 +343,15 @@ def test_a_cluster_that_cannot_be_used_is_one_line(bbmcl: Bbmcl, options: tuple[
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"bbmcl: {line}")
     assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_an_address_where_nobody_answers_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_ray, "CONNECT", 3.0)
+    Store(tmp_path / "runs").close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no Ray cluster answers at {address} within 3 s"):
+            Ray(tmp_path / "runs", address)
 
 
 def test_without_ray_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
