@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -44,6 +45,16 @@ def code(module: str, contracts: Iterable[str]) -> str:
     digest = hashlib.sha256(sys.version.encode())
     for file in files:
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def own() -> str:
+    """SHA-256 (hex) over all Python files of this package: equal ones run a job in the same way."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -114,4 +125,4 @@ def write(file: Path, reply: Mapping[str, Any]) -> None:
         return
 
 
-__all__ = ["beside", "cache_folder", "code", "key", "read", "source", "write"]
+__all__ = ["beside", "cache_folder", "code", "key", "own", "read", "source", "write"]

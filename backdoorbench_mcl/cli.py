@@ -16,14 +16,17 @@ from . import __version__, keeping
 from .errors import BbmclError, UserError
 from .flags import (
     DEFAULT_RUNS,
+    Address,
     Budget,
     DataRoot,
     Dataset,
     DefenseSeeds,
     Device,
     DryRun,
+    Engine,
     Format,
     FormatName,
+    Gpus,
     Isolation,
     Memory,
     PageFormat,
@@ -117,6 +120,9 @@ def matrix(
     timeout: Timeout = None,
     memory: Memory = None,
     isolation: Isolation = "auto",
+    engine: Engine = "local",
+    address: Address = None,
+    gpus_per_job: Gpus = 1.0,
     retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
@@ -136,7 +142,10 @@ def matrix(
         attacks, defenses, dataset, model, seeds, defense_seeds, clean_rate, preset, budget, tuple(set_ or ()), device,
         precision, data_root, exclude_poisoned, tuple(sweep or ()), retune,
     )  # fmt: skip
-    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry, memory=memory)
+    settings = runner.Settings(
+        runs, workers, threads_per_job, timeout, isolation, retry, memory=memory, engine=engine, address=address,
+        gpus=gpus_per_job,
+    )  # fmt: skip
     if dry_run:
         print("\n".join(runner.dry_run(options, settings)))
         return
@@ -162,6 +171,9 @@ def reproduce(
     timeout: Timeout = None,
     memory: Memory = None,
     isolation: Isolation = "auto",
+    engine: Engine = "local",
+    address: Address = None,
+    gpus_per_job: Gpus = 1.0,
     retry: Retry = True,
     runs: Runs = DEFAULT_RUNS,
     data_root: DataRoot = None,
@@ -177,7 +189,10 @@ def reproduce(
         "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget, overrides=tuple(set_ or ()),
         device=device, precision=precision, data_root=data_root,
     )  # fmt: skip
-    settings = runner.Settings(runs, workers, threads_per_job, timeout, isolation, retry, memory=memory)
+    settings = runner.Settings(
+        runs, workers, threads_per_job, timeout, isolation, retry, memory=memory, engine=engine, address=address,
+        gpus=gpus_per_job,
+    )  # fmt: skip
     if dry_run:
         for one, options in pinned.planned(target, base, _say):
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))

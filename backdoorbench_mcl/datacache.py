@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Split = Literal["train", "test"]
 Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]  # digests (N, 32), labels (N,), in sorted order
 SPLITS: tuple[Split, Split] = ("train", "test")
+FILES = ("manifest.json", *(f"{split}_{part}.npy" for split in SPLITS for part in "xy"))  # of a folder of arrays
 FORMAT = 1
 MAX_CLASSES = 1 << 16  # predictions are stored as 16 bits
 _CHUNK = 32 << 20  # bytes gathered, hashed or written at a time: small beside any data set, large beside a seek
@@ -197,6 +198,36 @@ def open_split(
 def check(info: DataInfo) -> list[str]:
     """Read everything back and compare with the stored SHA-256: one line per problem, none when all is well."""
     return _problems(info, deep=True)
+
+
+def intact(folder: Path, name: str) -> bool:
+    """Whether `folder` has the arrays called `name`, by their sizes."""
+    return not _damage(folder, name, deep=False)
+
+
+def receive(cache: Path, name: str, files: Mapping[str, Iterable[bytes]]) -> Path:
+    """Store the arrays called `name` that another machine's cache has; every byte is checked. files: all of its folder,
+    in pieces. Returns the folder here. Raises UserError where they are damaged, or the cache cannot be written.
+    """
+    arrays = cache.absolute() / "arrays"
+    with _writing(cache):
+        arrays.mkdir(parents=True, exist_ok=True)
+        _sweep(arrays)
+        temp = Path(tempfile.mkdtemp(prefix=".tmp-", dir=arrays))
+    try:
+        with _writing(cache):
+            for file in FILES:
+                with (temp / file).open("wb") as handle:
+                    handle.writelines(files.get(file, ()))
+                sync(temp / file)
+        if problems := _damage(temp, name, deep=True):
+            raise UserError(f"a data set did not arrive as it was sent: {Path(problems[0]).name}; run again")
+        with _writing(cache):
+            sync(temp)
+            _publish(temp, arrays / name)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return arrays / name
 
 
 # ---------------------------------------------------------------- parts of prepare
@@ -445,6 +476,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 __all__ = [
-    "SPLITS", "DataInfo", "Split", "check", "content_hash", "digests", "entries", "lookup", "open_split", "order",
-    "prepare",
+    "FILES", "SPLITS", "DataInfo", "Split", "check", "content_hash", "digests", "entries", "intact", "lookup",
+    "open_split", "order", "prepare", "receive",
 ]  # fmt: skip

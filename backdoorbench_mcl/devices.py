@@ -13,9 +13,12 @@ ROOM = 0.9  # of a GPU's memory: what was measured is what tensors took, and all
 
 
 class Devices:
-    """The devices of a run. names: as a job knows them, "cpu" or "cuda:N"; memory: MiB in all, of those known."""
+    """The devices of a run. names: as a job knows them, "cpu" or "cuda:N"; memory: MiB in all, of those known; shared:
+    somebody else sees to it that jobs fit.
+    """
 
-    def __init__(self, names: Sequence[str], memory: Mapping[str, float]) -> None:
+    def __init__(self, names: Sequence[str], memory: Mapping[str, float], shared: bool = False) -> None:
+        self.shared = shared
         self.names = list(names)
         self.memory = dict(memory)
         self.held: dict[str, list[float | None]] = {name: [] for name in names}
@@ -33,7 +36,7 @@ class Devices:
         return best
 
     def _takes(self, name: str, need: float | None) -> bool:
-        if not self.held[name] or not name.startswith("cuda"):
+        if self.shared or not self.held[name] or not name.startswith("cuda"):
             return True
         together = [*self.held[name], need]
         known = [size for size in together if size is not None]

@@ -33,6 +33,12 @@ Memory = Annotated[
     float | None, typer.Option(envvar="BBMCL_MEMORY", metavar="GB", help="Memory that one job may hold.")
 ]
 Isolation = Annotated[str, typer.Option(help="auto, landlock, process or inline.")]
+Engine = Annotated[str, typer.Option(help="Where jobs run: local, or ray (on the nodes of a Ray cluster).")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="auto|HOST:PORT", help="Of the Ray cluster; default: Ray is started on this machine."),
+]
+Gpus = Annotated[float, typer.Option("--gpus-per-job", help="Share of a GPU that a job on Ray gets.")]
 Retry = Annotated[bool, typer.Option("--retry/--no-retry", help="Try again what failed in an earlier run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be computed, and stop.")]
 DEFAULT_RUNS = Path("bbmcl-runs")

@@ -31,7 +31,7 @@ def run(
     clean_model: bool = False, device: str = "auto", precision: str = "auto", workers: int | None = None,
     threads_per_job: int | None = None, timeout: float | None = None, isolation: str = "auto", retry: bool = True,
     runs: str | os.PathLike[str] | None = None, data_root: str | os.PathLike[str] | None = None,
-    parameters: bool = False, quiet: bool = False,
+    parameters: bool = False, quiet: bool = False, engine: str = "local", address: str | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """`bbmcl matrix` as a function: the rows of this matrix, one per cell, in the order of the table.
 
@@ -63,7 +63,9 @@ def run(
         tuple(f"{name}={','.join(params.typed(_plain(one)) for one in values)}"
               for name, values in (sweep or {}).items()), retune,
     )  # fmt: skip
-    settings = runner.Settings(_folder(runs), workers, threads_per_job, timeout, isolation, retry)
+    settings = runner.Settings(
+        _folder(runs), workers, threads_per_job, timeout, isolation, retry, engine=engine, address=address
+    )
     if quiet:
         return frame(runner.run_matrix(options, settings, live=False, stream=io.StringIO()), parameters)
     return frame(runner.run_matrix(options, settings, lambda line: print(line, file=sys.stderr)), parameters)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from . import api, datacache, globalstate, kit
 from .confine import confine, interpreter_paths, watch
 from .describe import jsonable
+from .engines.base import named
 from .errors import BbmclError, Diverged, NotApplicable, PluginError
 from .inversions import invert, verdict
 from .job import Job, Tick, require_finite, weights_of
@@ -151,12 +152,7 @@ def _settle(job: Job) -> tuple[str, list[str]]:
         torch.use_deterministic_algorithms(True)
     if spec["isolation"] == "inline" or spec["job"] == "data":
         return str(spec["isolation"]), []
-    methods = [part for part in spec.values() if isinstance(part, dict) and "kind" in part]
-    classes = [part["target"] for part in methods]
-    for need in spec.get("needs", {}).values():
-        classes += need.get("modules", [])
-    classes += [how["function"] for how in spec.get("rebuild", {}).values()]
-    plugins = sorted({where.partition(":")[0] for where in classes})
+    plugins = sorted({where.partition(":")[0] for where in named(spec)})
     read = [*interpreter_paths(plugins), *(Path(path) for path in spec["readable"])]
     snapshot = Path(spec["snapshot"])
     snapshot.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from .errors import UserError
-from .flags import DEFAULT_RUNS, DataRoot, Isolation, Memory, Runs, Workers
+from .flags import DEFAULT_RUNS, Address, DataRoot, Engine, Gpus, Isolation, Memory, Runs, Workers
 
 store_app = typer.Typer(
     help="The runs folder: what it takes, what can go.", no_args_is_help=True, rich_markup_mode=None
@@ -103,6 +103,9 @@ def verify(
     threads_per_job: Annotated[int | None, typer.Option(help="Default: as each cell was computed.")] = None,
     memory: Memory = None,
     isolation: Isolation = "auto",
+    engine: Engine = "local",
+    address: Address = None,
+    gpus_per_job: Gpus = 1.0,
     data_root: DataRoot = None,
     fmt: Annotated[Literal["table", "json"], typer.Option("--format", help="How to print what was found.")] = "table",
 ) -> None:
@@ -115,7 +118,10 @@ def verify(
     choice = again.Choice(
         None if every else again.SAMPLE if sample is None else sample, seed, reuse_victims, data_root, device
     )
-    settings = Settings(folder or runs, workers, threads_per_job, isolation=isolation, memory=memory)
+    settings = Settings(
+        folder or runs, workers, threads_per_job, isolation=isolation, memory=memory, engine=engine, address=address,
+        gpus=gpus_per_job,
+    )  # fmt: skip
     findings = again.verify(settings, choice, lambda line: print(line, file=sys.stderr))
     if fmt == "json":
         print(json.dumps([again.as_dict(finding) for finding in findings], indent=1))

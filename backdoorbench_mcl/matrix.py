@@ -12,11 +12,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import agenda, costs, devices, plugins, provenance, remarks
 from .artefacts import Damaged, require_plain
-from .engines.local import Finished, Local, Progress
+from .engines.base import Engine, Finished, Progress
 from .errors import BbmclError, NotApplicable, PluginError
 from .grant import Grants
 from .plan import Cell, Node, Plan
@@ -50,7 +49,7 @@ class Matrix(Scoring):
     """One run of a plan on a store. retry: try stages again that failed in an earlier run."""
 
     def __init__(
-        self, plan: Plan, store: Store, grants: Grants, engine: Local, display: Display, *, retry: bool = True,
+        self, plan: Plan, store: Store, grants: Grants, engine: Engine, display: Display, *, retry: bool = True,
         observers: Sequence[tuple[Plugin, Observer]] = (),
     ) -> None:  # fmt: skip
         super().__init__(plan, store, display, grants)
@@ -71,7 +70,7 @@ class Matrix(Scoring):
         self.work = WorkFolder()
         self.missing = set(plan.nodes) - store.keys()
         names = str(grants.common["device"]).split(",")
-        self.devices = devices.Devices(names, devices.measure(names))
+        self.devices = devices.Devices(names, {} if engine.spreads else devices.measure(names), engine.spreads)
         self.machine = provenance.machine_class(str(grants.common["device"]))
         self.costs = costs.of(plan, store, grants.common["device"], grants.common["threads"])
         self.agenda = agenda.Agenda(plan, costs.ahead(plan, self.missing, self.costs))
@@ -257,7 +256,7 @@ class Matrix(Scoring):
             require_plain(out)  # before anything is read from it or written to it
             if trial is not None:
                 self.grants.judge(node, trial, out)
-            stage = self._finished(job, event.result, seconds)
+            stage = self._finished(job, event, seconds)
             self.stages[node.key] = self.store.commit(stage, out)
         except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
             self._fail(node, Failure("failed", f"left a result of no use: {line_of(error)}"), event.log, seconds)
@@ -277,8 +276,8 @@ class Matrix(Scoring):
         self.display.ahead(found.seconds, str(found))
         self.next_forecast = time.monotonic() + LEISURE * (time.monotonic() - started)
 
-    def _finished(self, job: _Job, result: Mapping[str, Any], wall: float) -> Stage:
-        node, common = job.node, self.grants.common
+    def _finished(self, job: _Job, event: Finished, wall: float) -> Stage:
+        node, common, result, made = job.node, self.grants.common, event.result, event.made
         packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()}
         numerics = {
             "device": job.place[0],
@@ -288,9 +287,9 @@ class Matrix(Scoring):
             "strays": result.get("strays", []),
             "changed": result.get("changed", []),
             "curves": result.get("curves", {}),
-            "machine": self.machine,
-            "versions": self.versions(frozenset(self.data | packages)),
-            "origin": self.origin,
+            "machine": made.get("machine") or self.machine,
+            "versions": {**self.versions(frozenset(self.data | packages)), **made.get("versions", {})},
+            "origin": {**self.origin, **made.get("origin", {})},
             "inputs": dict(job.inputs),
         }
         cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}

@@ -14,7 +14,9 @@ from typing import Any, TextIO, get_args
 
 from . import artefacts, cells, confine, costs, datacache, forks, params, plan, plugins, presets, provenance, request
 from .agenda import Agenda
-from .engines.local import Finished, Isolation, Local
+from .engines import ray
+from .engines.base import Engine, Finished, Isolation
+from .engines.local import Local
 from .errors import UserError
 from .grant import Grants
 from .matrix import Matrix
@@ -36,7 +38,8 @@ MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what sev
 @dataclass(frozen=True)
 class Settings:
     """How to run, whatever is run. workers, threads: None for the default rule; timeout: seconds per job; memory: GB
-    per job.
+    per job. engine: "local" or "ray"; address: of a Ray cluster, None to start Ray here; gpus: the share of a GPU that
+    a job gets there.
     """
 
     runs: Path = Path("bbmcl-runs")
@@ -47,15 +50,21 @@ class Settings:
     retry: bool = True
     snapshot_every: float = 2.0
     memory: float | None = None
+    engine: str = "local"
+    address: str | None = None
+    gpus: float = 1.0
 
 
 @dataclass(frozen=True)
 class Resources:
-    """workers: jobs at once; threads: cores of each; isolation: how a job is kept in."""
+    """workers: jobs at once, None where the cluster has the say; threads: cores of each; isolation: how a job is kept
+    in; engine: what runs them.
+    """
 
-    workers: int
+    workers: int | None
     threads: int
     isolation: Isolation
+    engine: str = "local"
 
 
 def check(settings: Settings) -> None:
@@ -71,14 +80,29 @@ def check(settings: Settings) -> None:
         raise UserError(f"--isolation {settings.isolation!r}: expected auto, landlock, process or inline")
     if settings.isolation == "landlock" and confine.abi_version() == 0:
         raise UserError("--isolation landlock: this kernel has none; use auto, and the rows say what was reached")
+    if settings.engine not in ("local", "ray"):
+        raise UserError(f"--engine {settings.engine!r}: expected local or ray")
+    if settings.engine == "local" and settings.address is not None:
+        raise UserError(f"--address {settings.address}: the local engine has none; add --engine ray")
+    if settings.engine == "ray":
+        if settings.isolation == "inline":
+            raise UserError("--isolation inline: runs jobs in the driver, which --engine ray cannot; leave one out")
+        if not 0 < settings.gpus <= 1:
+            raise UserError(f"--gpus-per-job {settings.gpus}: expected a share above 0, at most 1")
+        ray.check(settings.address)
 
 
 def resources(settings: Settings, device: str) -> Resources:
     """The static rules of design 3.3: on a CPU one worker per core with one thread each (up to MAX_WORKERS), else one
     per GPU; with more of them a GPU gets several jobs where their memory was measured and fits. A single worker gets
-    every core. Raises UserError for numbers out of range.
+    every core. On Ray one thread a job. Raises UserError for numbers out of range.
     """
     check(settings)
+    if settings.engine == "ray":  # every node does what it can, and the rows say what that was
+        wanted: Any = settings.isolation
+        if wanted == "auto":
+            wanted = "landlock" if device == "cpu" else "process"
+        return Resources(settings.workers, settings.threads or 1, wanted, "ray")
     cores = provenance.cores()
     inline = settings.isolation == "inline"
     gpus = len(device.split(",")) if device.startswith("cuda") else 0
@@ -174,9 +198,16 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
             else []
         ),
         f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
-        f"{using.workers} worker{'s' if using.workers > 1 else ''} x {using.threads} thread"
-        f"{'s' if using.threads > 1 else ''}, isolation {using.isolation}",
+        f"{_room(using)}, isolation {using.isolation}",
     ]
+
+
+def _room(using: Resources) -> str:
+    threads = f"{using.threads} thread{'s' if using.threads > 1 else ''}"
+    if using.workers is None:
+        return f"engine {using.engine}, {threads} a job"
+    how = "" if using.engine == "local" else f"engine {using.engine}, up to "
+    return f"{how}{using.workers} worker{'s' if using.workers > 1 else ''} x {threads}"
 
 
 def _names(methods: Sequence[Described]) -> str:
@@ -217,7 +248,8 @@ def _forecast(
         if row is not None and row.state in FINAL_STATES:
             left.close(i)
     missing = [key for key in graph.nodes if key not in stored and left.waiting[key]]
-    return costs.forecast(graph, missing, known, using.workers, lambda key: left.rank(graph.nodes[key]))
+    workers = using.workers or 1  # a cluster is not asked for what is only planned
+    return costs.forecast(graph, missing, known, workers, lambda key: left.rank(graph.nodes[key]))
 
 
 def _require_room_for(runs: Path) -> None:
@@ -270,12 +302,21 @@ def compute(
             threads=using.threads, isolation=using.isolation, snapshot_every=settings.snapshot_every,
             exclude_poisoned=asked.exclude_poisoned,
         )  # fmt: skip
-        inline = using.isolation == "inline"
-        engine = Local(using.workers, settings.timeout, inline=inline, memory=settings.memory)
         with Progress(len(graph.cells), stream, live) as display:
+            engine = _engine(asked.device, using, settings, display.note)
             return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
     finally:
         store.close()
+
+
+def _engine(device: str, using: Resources, settings: Settings, say: Callable[[str], None]) -> Engine:
+    if using.engine == "ray":
+        return ray.Ray(
+            settings.runs, settings.address, workers=using.workers, threads=using.threads, timeout=settings.timeout,
+            gpus=settings.gpus if device.startswith("cuda") else 0, memory=settings.memory, say=say,
+        )  # fmt: skip
+    inline = using.isolation == "inline"
+    return Local(using.workers or 1, settings.timeout, inline=inline, memory=settings.memory)
 
 
 def opened(runs: Path, readonly: bool = False) -> Store:

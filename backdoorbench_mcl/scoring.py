@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from . import artefacts, evaluate, provenance, remarks
 from .artefacts import Damaged
-from .engines.local import Isolation
+from .engines.base import Isolation
 from .errors import BbmclError, UserError
 from .grant import Grants, poisoned
 from .plan import Cell, Plan

@@ -163,7 +163,7 @@ def _name(row: Row) -> str:
 def _resources(settings: Settings, row: Row, device: str) -> Resources:
     """Threads as the row has them; as many workers as that leaves room for on this machine."""
     threads, workers = settings.threads or row.threads, settings.workers
-    if workers is None and threads is not None and not device.startswith("cuda"):
+    if workers is None and threads is not None and settings.engine == "local" and not device.startswith("cuda"):
         workers = max(1, min(provenance.cores() // threads, runner.MAX_WORKERS))
     return runner.resources(replace(settings, threads=threads, workers=workers), device)
 

@@ -50,7 +50,7 @@ def run(asked: request.Request, builder: plan.Builder, store: Store, using: runn
         threads=using.threads, isolation=using.isolation,
     )  # fmt: skip
     with Progress(len(builder.plan.cells)) as display:
-        return Matrix(builder.plan, store, grants, Local(using.workers), display).run()
+        return Matrix(builder.plan, store, grants, Local(using.workers or 1), display).run()
 
 
 def main() -> None:

@@ -266,7 +266,7 @@ def test_the_citation_is_of_this_version() -> None:
 @pytest.mark.parametrize("name", ["threat-model.md", "faults.md"])
 def test_the_tests_that_a_page_names_exist(name: str) -> None:
     page = (DOCS / name).read_text(encoding="utf-8")
-    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", page))
+    named = set(re.findall(r"`((?:\w+/)?test_\w+\.py)::(\w+)`", page))
     assert len(named) > 15
     for file, test in named:
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {test}"

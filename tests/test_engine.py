@@ -26,6 +26,7 @@ from conftest import Bbmcl
 from safetensors import SafetensorError
 
 from backdoorbench_mcl import artefacts, jobs, memory, plan, snapshots
+from backdoorbench_mcl.engines.base import Engine
 from backdoorbench_mcl.engines.local import Finished, Local, Progress, _Reporter
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
@@ -70,6 +71,10 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, toy: None) -> Bench:
+    return made_bench(tmp_path)
+
+
+def made_bench(tmp_path: Path) -> Bench:
     asked = small.resolve(small.options("badnets,blend", "same"))
     grants = Grants(
         asked.data, Store(tmp_path / "runs"), device="cpu", precision=asked.precision, threads=1,
@@ -82,7 +87,7 @@ Seen = dict[Path, list[Progress]]
 
 
 def watch(
-    engine: Local, jobs: int, act: Callable[[Progress], None] = lambda event: None
+    engine: Engine, jobs: int, act: Callable[[Progress], None] = lambda event: None
 ) -> tuple[list[Finished], Seen]:
     """Run until `jobs` jobs have ended; `act` sees every progress. Returns how they ended, and their progress."""
     finished: list[Finished] = []

@@ -17,46 +17,22 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from .. import forks, plainfiles
 from .. import memory as machine
 from ..children import signal_name
+from .base import LOG, RESULT, Finished, Isolation, Progress
 
-Isolation = Literal["landlock", "process", "inline"]
-LOG = "log.txt"
-RESULT = "result.json"
 ROOM = 0.9  # of the machine's memory, for all jobs together: beyond that the kernel kills whom it likes
 MOST_RESULT, MOST_REASON = 16 << 20, 4000  # bytes of a result, characters of its reason
 STATES = ("ok", "failed", "diverged", "n/a")  # that a job's own result may have
 # Done, total, images a second. Numbers only: a pickle from a plugin's process would run in this one, unconfined.
 _PROGRESS = struct.Struct("<qqd")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A running job moved on: `done` of `total` steps, `rate` images per second since it began to report."""
-
-    folder: Path
-    done: int
-    total: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A job ended. state: "ok", "failed", "diverged", "n/a", "killed", "timeout"; result: what the job wrote, or {}."""
-
-    folder: Path
-    state: str
-    reason: str
-    log: str
-    result: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -161,6 +137,8 @@ class Local:
 
     Example: `with Local(workers=2) as engine: engine.start(folder); events = engine.events()`.
     """
+
+    spreads = False
 
     def __init__(
         self, workers: int, timeout: float | None = None, inline: bool = False, memory: float | None = None
