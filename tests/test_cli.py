@@ -135,7 +135,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "preset": (tiny("--preset", "papers"), ["--preset 'papers'", "'paper'"]),
     "budget": (tiny("--budget", "huge"), ["--budget 'huge'", "full, mid, quick"]),
     "format": (tiny("--format", "xml"), ["--format", "'xml'", "'markdown'", "bbmcl matrix --help"]),
-    "device": (tiny("--device", "gpu"), ["--device 'gpu'", "auto, cpu, cuda or cuda:N"]),
+    "device": (tiny("--device", "gpu"), ["--device 'gpu'", "auto, cpu, cuda, cuda:N, or several GPUs"]),
     "device number": (tiny("--device", "cuda:99"), ["--device cuda:99", "CUDA device", "use --device cpu"]),
     "precision": (tiny("--precision", "fp16"), ["--precision 'fp16'", "'bf16'"]),
     "isolation": (tiny("--isolation", "docker"), ["--isolation 'docker'", "auto, landlock, process or inline"]),

@@ -166,6 +166,8 @@ class Script:
         self.write = write
         self.done: list[Finished] = []
 
+    spreads = False
+
     @property
     def free(self) -> int:
         return 1 - len(self.done)
