@@ -162,11 +162,11 @@ def test_knowledge_that_the_entry_hides_is_refused() -> None:
 class Script:
     """An engine whose jobs end as they are told."""
 
+    spreads = False
+
     def __init__(self, write: Any) -> None:
         self.write = write
         self.done: list[Finished] = []
-
-    spreads = False
 
     @property
     def free(self) -> int:
