@@ -26,7 +26,22 @@ Device = Annotated[
     typer.Option("--device", "--devices", help="auto, cpu, cuda, cuda:N; several GPUs, a worker each: cuda:0,cuda:1."),
 ]
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16 (network forwards only).")]
-Workers = Annotated[int | None, typer.Option(help="Jobs at once; default: one per core on a CPU.")]
+
+
+def _workers(text: str) -> int | None:
+    """`auto`, or a number. Raises typer.BadParameter."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected auto or a number of jobs") from None
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(parser=_workers, metavar="N|auto", help="Jobs at once; auto: one per core, or per GPU."),
+]
 Threads = Annotated[int | None, typer.Option(help="Default: 1 with several workers, else all cores.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that one job may take.")]
 Memory = Annotated[

@@ -79,7 +79,26 @@ def schema(cls: type[Method]) -> type[BaseModel]:
             )
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         columns[name] = (hints[name], default)
+    _check_defaults(cls, columns)
     return create_model(cls.__name__, __base__=_Strict, **columns)
+
+
+class _Defaults(_Strict):
+    """Looks at defaults too, only to see whether they would pass: a default of 1 for a float stays 1, as in keys."""
+
+    model_config = ConfigDict(validate_default=True)
+
+
+def _check_defaults(cls: type, columns: Mapping[str, Any]) -> None:
+    try:
+        create_model(cls.__name__, __base__=_Defaults, **columns)()
+    except ValidationError as error:
+        wrong = [item for item in error.errors() if item["type"] != "missing"]
+        if wrong:
+            name, message = ".".join(map(str, wrong[0]["loc"])), wrong[0]["msg"]
+            raise PluginError(
+                f"{_where(cls)}: the default {name}={wrong[0]['input']!r} is not what its annotation allows: {message}"
+            ) from error
 
 
 def _where(cls: type) -> str:

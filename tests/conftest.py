@@ -23,8 +23,18 @@ from backdoorbench_mcl.store import Store
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOY = Path(__file__).parent / "toy"
+SLOW = (  # files of a minute and more, begun first, so that no worker is left alone with one at the end
+    "test_reproduce.py", "test_verify.py", "test_conformance.py", "test_offenders.py", "test_html.py", "test_matrix.py",
+    "test_authoring.py", "test_kill.py", "test_needs.py", "test_docs.py",
+)  # fmt: skip
 pytest_plugins = ["pytester"]
 Bbmcl = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take files in the order in which they come (`--no-loadscope-reorder`)."""
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOW)))
 
 
 @pytest.fixture(scope="session")

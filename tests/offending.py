@@ -47,6 +47,11 @@ class Untyped(Defense):
         self.lr = lr
 
 
+class Lax(Defense):
+    def __init__(self, *, lr: api.Positive = -0.1) -> None:
+        self.lr = lr
+
+
 class Demanding(Defense):
     def __init__(self, *, lr: float) -> None:
         self.lr = lr

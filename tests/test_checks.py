@@ -24,6 +24,7 @@ __all__ = ["one_thread"]
 
 OFFENCES: list[tuple[str, Any, str]] = [
     ("constructs_without_arguments", o.Untyped, "parameter 'lr' needs a type annotation"),
+    ("constructs_without_arguments", o.Lax, "the default lr=-0.1 is not what its annotation allows"),
     ("constructs_without_arguments", o.Demanding, "lr must be given, expected a default"),
     ("rebuilds_from_its_spec", o.Alphabet, "on the way through JSON"),
     ("rebuilds_from_its_spec", o.Growing, "`added` names momentum, no parameter of the constructor"),

@@ -270,7 +270,7 @@ def test_a_config_file_gives_options_and_what_is_typed_beats_it(
         tables.setdefault(method, []).append(f"{parameter} = {shown}")
     file.write_text(
         f'attacks = "badnets"\ndefenses = ["mcldef", "ft"]\ndataset = "tiny"\nmodel = "tiny-net"\nclean-rate = 0.2\n'
-        f'runs = "{reference.runs}"\nformat = "csv"\nseeds = 0\ndefense_seeds = "0"\n'
+        f'runs = "{reference.runs}"\nformat = "csv"\nworkers = "auto"\nseeds = 0\ndefense_seeds = "0"\n'
         + "".join(f"[set.{method}]\n" + "\n".join(lines) + "\n" for method, lines in tables.items())
     )
     answer = call("matrix", "--config", str(file))
