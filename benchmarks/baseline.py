@@ -59,7 +59,7 @@ def regressed(old: Sequence[float], new: Sequence[float], tolerance: float = TOL
 
 
 def compare(
-    old: Mapping[str, Sequence[float]], new: Mapping[str, Sequence[float]], tolerance: float = TOLERANCE
+    old: Mapping[str, list[float]], new: Mapping[str, list[float]], tolerance: float = TOLERANCE
 ) -> list[tuple[str, bool]]:
     """A line for each task of either run, and whether it regressed. A task that is gone was not run: no regression."""
     out = []

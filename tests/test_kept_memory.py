@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from backdoorbench_mcl import jobs, memory
 from backdoorbench_mcl.job import Job
@@ -48,7 +50,7 @@ def test_memory_that_is_kept_is_used_again_and_changes_no_bit() -> None:
 
 
 def test_a_c_library_without_the_switch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert not memory.keep()
 
 
@@ -61,9 +63,9 @@ def test_jobs_that_run_networks_keep_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, isolation: str, kept: bool
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(memory, "keep", lambda: bool(asked.append(True)))
+    monkeypatch.setattr(memory, "keep", lambda: asked.append(True))
     monkeypatch.setattr(jobs, "watch", lambda read, write: [])
-    monkeypatch.setattr(jobs.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     spec = {"job": kind, "isolation": isolation, "seeds": {"init": 0}, "threads": 1, "device": "cpu",
             "readable": [], "snapshot": str(tmp_path / "snapshot")}  # fmt: skip
     jobs._settle(Job(tmp_path, spec, lambda done, total, images: None))
