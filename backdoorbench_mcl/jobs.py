@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from . import api, datacache, globalstate, kit
+from . import api, datacache, globalstate, kit, memory
 from .confine import confine, interpreter_paths, watch
 from .describe import jsonable
 from .engines.base import named
@@ -129,6 +129,9 @@ BODIES: Mapping[str, Callable[[Job], None]] = {
     "data": data,
 }
 
+# Networks ask for the same maps batch after batch. Jobs that go over whole data sets give back what they free.
+_LOOPS = {"surrogate", "train", "verdict", "invert", "defend", "retune", "predict", "embed"}
+
 
 # ---------------------------------------------------------------- running one
 
@@ -144,6 +147,8 @@ def _settle(job: Job) -> tuple[str, list[str]]:
     np.random.seed(spec["seeds"]["init"] % 2**32)
     torch.manual_seed(spec["seeds"]["init"])
     torch.set_num_threads(spec["threads"])
+    if spec["job"] in _LOOPS and spec["isolation"] != "inline":  # inline, this is the caller's process
+        memory.keep()
     if job.device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it cuBLAS refuses to be deterministic
         torch.backends.cudnn.benchmark = False

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_KEPT = 33 << 20  # bytes of what is kept once freed: 512 maps of 16x32x32 in float32, with what surrounds them
+_AT_ONCE = 256 << 20  # bytes of freed memory from which on some is given back after all
 
 
 def held(pid: int) -> int:
@@ -33,4 +37,18 @@ def total() -> int:
         return physical
 
 
-__all__ = ["held", "total"]
+def keep() -> bool:
+    """From now on this process keeps what it frees, up to 256 MB in pieces below 33 MB, and uses it again; whether its
+    C library (glibc) can do that.
+
+    By itself it asks the kernel for every piece of 32 MB or more anew, and gives smaller ones back when many are freed
+    at once; the kernel then fills page by page with zeros: half of the time of an evaluation in batches of 512.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    return all(mallopt(what, size) == 1 for what, size in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _AT_ONCE)))
+
+
+__all__ = ["held", "keep", "total"]

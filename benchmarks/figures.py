@@ -7,6 +7,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from targets import Measured
 
 WANTED = 0.9  # of the bare loop
 
@@ -36,6 +37,18 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """How much the suites of whole cells and matrices do."""
+
+    cell: Literal["short", "quick", "printed"]
+    cell_rounds: int
+    matrix_steps: int
+    matrix_rounds: int
+    plan: int
+    cells: int
+
+
+@dataclass(frozen=True)
 class Setting:
     """Where and how the suite measures."""
 
@@ -43,3 +56,45 @@ class Setting:
     precision: Literal["fp32", "bf16"]
     rounds: int
     seconds: float
+    sizes: Sizes
+
+
+@dataclass
+class Task(Measured):
+    """unit "x": values are ratios to a control, one for each round; "s": seconds, which are never compared."""
+
+    unit: Literal["x", "s"] = "x"
+
+    def line(self) -> str:
+        """Example: `nad: 1.32x (1.28-1.40, n = 5)`."""
+        spread = f"{min(self.values):.2f}-{max(self.values):.2f}, n = {len(self.values)}"
+        return f"{self.task}: {self.middle:.2f}{self.unit} ({spread}){f' {self.note}' if self.note else ''}"
+
+
+@dataclass
+class Book:
+    """Everything that was measured in this run."""
+
+    throughput: list[Figures] = field(default_factory=list)
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def add(self, task: str, value: float, note: str = "", unit: Literal["x", "s"] = "x") -> None:
+        """One more round of a task; the last note stays."""
+        found = self.tasks.setdefault(task, Task(task, unit=unit))
+        found.values.append(value)
+        found.note = note or found.note
+
+    def measured(self) -> dict[str, Measured]:
+        """Tasks by name, those of the throughput suite as ratios to the plain loop within a round."""
+        loops = {
+            figures.task: Measured(
+                figures.task, [mine / plain for mine, plain in zip(figures.harness, figures.plain, strict=True)]
+            )
+            for figures in self.throughput
+        }
+        return {**loops, **self.tasks}
+
+    def ratios(self) -> dict[str, list[float]]:
+        """What two runs are compared by."""
+        seconds = {name for name, task in self.tasks.items() if task.unit == "s"}
+        return {name: found.values for name, found in self.measured().items() if name not in seconds}

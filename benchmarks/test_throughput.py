@@ -14,107 +14,30 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
+from common import COUNT, EVAL_BATCH, Run, as_job, context, fresh_network, long_enough, seconds, usual_heap
 from figures import Figures, Setting
-from numpy.typing import NDArray
-from PIL import Image
+from plain import Bare, loader_forever, plain_network
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from backdoorbench_mcl import kit
-from backdoorbench_mcl.api import Batch, Classifier, Context, Images, InverterContext, Recipe
+from backdoorbench_mcl.api import Batch, Context, Images, InverterContext, Recipe
 from bbmcl_inverters.nc_box import NCBox
-from bbmcl_models.wrn import WRN, WideResNet
+from bbmcl_models.wrn import WideResNet
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TRAIN_BATCH = 64  # training and inversion, spec 4.9 and 5.1
-EVAL_BATCH = 512
-COUNT = 40 * EVAL_BATCH
 CLEAN = 39 * TRAIN_BATCH  # about 5 % of CIFAR-10, in whole batches
-
-Run = Callable[[int], None]  # processes so many batches
-
-
-class NoSnapshot:
-    """Snapshots are written every few minutes; within a run of seconds there would be none."""
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return None
-
-    def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        return None
-
-
-class PilImages(Dataset[tuple[Tensor, int]]):
-    """The images as torchvision's CIFAR10 serves them: an array turned into a PIL image, then transformed."""
-
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.x: NDArray[np.uint8] = images.x.permute(0, 2, 3, 1).contiguous().numpy()
-        self.y: list[int] = images.y.tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.x[index])), self.y[index]
-
-
-@pytest.fixture(scope="module")
-def images() -> Images:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (COUNT, 3, 32, 32), generator=rng, dtype=torch.uint8)
-    return Images(x, torch.randint(0, 10, (COUNT,), generator=rng))
 
 
 @pytest.fixture
 def network(setting: Setting) -> WideResNet:
-    """As a job hands it to a method: on the device, channels_last, normalising, in the precision of the run."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = WRN().build(10, (3, 32, 32))
-    model.set_normalisation(MEAN, STD)
-    model.precision = setting.precision
-    return cast(WideResNet, model.to(setting.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
-
-
-class Bare(torch.nn.Module):
-    """The network without its wrapper: normalised images -> logits float32."""
-
-    def __init__(self, model: Classifier, precision: str) -> None:
-        super().__init__()
-        self.model = model
-        self.autocast = precision == "bf16"
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            logits = self.model.head(self.model.features(x)[0])
-        return logits.float()
-
-
-def plain_network(network: WideResNet) -> Bare:
-    """fp32 in the default memory order, on images that the transforms have normalised."""
-    model = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    return Bare(model, "fp32")
-
-
-def loader_forever(images: Images, batch: int, augment: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()] if augment else []
-    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    loader = DataLoader(PilImages(images, transform), batch_size=batch, shuffle=augment, num_workers=0)
-    while True:
-        for x, y in loader:
-            yield x.to(device), y.to(device)
+    return fresh_network(setting)
 
 
 def bare_batch(images: Images, batch: int, setting: Setting) -> Callable[[], Tensor]:
@@ -125,44 +48,11 @@ def bare_batch(images: Images, batch: int, setting: Setting) -> Callable[[], Ten
     return lambda: augment(x, rng).float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def context(kind: type[Context], setting: Setting, workdir: Path, **extra: Any) -> Any:
-    return kind(
-        rng=torch.Generator().manual_seed(0),
-        device=setting.device,
-        workdir=workdir,
-        classes=10,
-        log=lambda line: None,
-        tick=lambda done, total, count: None,
-        snapshot=NoSnapshot(),
-        recipe=Recipe(lr=0.01),
-        augment=kit.augmentation("crop+flip", flip_ok=True),
-        **extra,
-    )
-
-
-def seconds(run: Run, batches: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run(batches)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def long_enough(run: Run, setting: Setting) -> int:
-    """Batches that keep `run` busy for the duration asked for, with a fifth to spare."""
-    batches = 2
-    seconds(run, batches, setting.device)  # the first call builds kernels and caches
-    while (taken := seconds(run, batches, setting.device)) < setting.seconds:
-        batches = math.ceil(batches * min(10.0, max(1.2, 1.2 * setting.seconds / taken)))
-    return batches
-
-
 def compete(
     benchmark: BenchmarkFixture, setting: Setting, figures: Figures, harness: Run, plain: Run, bare: Run
 ) -> None:
     """Alternate the three. pytest-benchmark times the harness; the rivals run in the set-up of each of its rounds."""
+    usual_heap()
     counts = {run: long_enough(run, setting) for run in (harness, plain, bare)}
 
     def rate(run: Run) -> float:
@@ -173,7 +63,8 @@ def compete(
         figures.bare.append(rate(bare))
 
     def measured() -> None:
-        figures.harness.append(rate(harness))
+        with as_job():
+            figures.harness.append(rate(harness))
 
     benchmark.pedantic(measured, setup=rivals, rounds=setting.rounds)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(

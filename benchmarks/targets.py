@@ -1,0 +1,91 @@
+"""What the suite is measured against, and how measured ratios become lines. Free of torch and pytest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Target:
+    """A wanted value. sense: "least" or "most"; unit: "x" for a ratio to the control of the same run, else "s".
+
+    missing: why it may be missed with and without fast bf16 (AVX512-BF16, AMX), for which it was set.
+    """
+
+    name: str
+    wanted: float
+    sense: Literal["least", "most"]
+    unit: Literal["x", "s"]
+    about: str
+    needs_bf16: bool = False
+    otherwise: str = "not explained: profile it"
+
+    def met(self, value: float) -> bool:
+        return value >= self.wanted if self.sense == "least" else value <= self.wanted
+
+
+TARGETS = (
+    Target("training", 2.2, "least", "x", "images a second, to the plain loop", True),
+    Target("inversion", 3.0, "least", "x", "images a second, to the plain loop", True),
+    Target("evaluation", 3.8, "least", "x", "images a second, to the plain loop", True),
+    Target("mcldef cell", 3.5, "least", "x", "a whole cell, to benchmarks/plain.py at equal steps", True),
+    Target(
+        "matrix", 1.2, "least", "x", "2 one-thread workers on independent jobs, to one after the other",
+        otherwise="two jobs share caches, bandwidth and the boost clock, or the cores were not free",
+    ),
+    Target(
+        "overhead", 0.5, "most", "s", "the driver's own time for a cell",
+        otherwise="the disk's fsync, or busy cores",
+    ),
+    Target("plan 10,000", 3.0, "most", "s", "planning 10,000 cells", otherwise="busy cores or a slower processor"),
+    Target("rerun 1,000", 3.0, "most", "s", "running a finished matrix of 1,000 cells again",
+           otherwise="busy cores or a slower processor"),
+)  # fmt: skip
+
+
+@dataclass
+class Measured:
+    """The values of one task, one for each round: ratios of pairs within a round, so that load meets both alike."""
+
+    task: str
+    values: list[float] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def middle(self) -> float:
+        return median(self.values)
+
+
+def cause(target: Target, fast_bf16: bool) -> str:
+    """Why a target was missed, as far as it can be told from the processor."""
+    if not target.needs_bf16:
+        return target.otherwise
+    if fast_bf16:
+        return "fast bf16 is there, so: busy cores, or bf16 without AMX (the target was set with it)"
+    return (
+        "no fast bf16 here: harness and plain loop do the same fp32 multiply-adds, which fill the time of both "
+        "(roofline.py), so only loading and memory can be saved"
+    )
+
+
+def lines(measured: dict[str, Measured], fast_bf16: bool) -> list[tuple[str, bool | None]]:
+    """Every target as a line, and whether it is met; None where it was not measured.
+
+    Example: `("training: 1.31x (1.25-1.40, n = 5), wanted at least 2.2x: SHORT BY 0.89x; ...", False)`.
+    """
+    out: list[tuple[str, bool | None]] = []
+    for target in TARGETS:
+        bound = f"wanted at {target.sense} {target.wanted:g}{target.unit}"
+        found = measured.get(target.name)
+        if found is None or not found.values:
+            out.append((f"{target.name}: not measured, {bound} ({target.about})", None))
+            continue
+        value, met = found.middle, target.met(found.middle)
+        spread = f"{min(found.values):.2f}-{max(found.values):.2f}, n = {len(found.values)}"
+        line = f"{target.name}: {value:.2f}{target.unit} ({spread}), {bound} ({target.about}): "
+        short = abs(value - target.wanted)
+        line += "pass" if met else f"SHORT BY {short:.2f}{target.unit}; {cause(target, fast_bf16)}"
+        out.append((line + (f" [{found.note}]" if found.note else ""), met))
+    return out
