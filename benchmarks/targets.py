@@ -65,8 +65,8 @@ def cause(target: Target, fast_bf16: bool) -> str:
     if fast_bf16:
         return "fast bf16 is there, so: busy cores, or bf16 without AMX (the target was set with it)"
     return (
-        "no fast bf16 here: harness and plain loop do the same fp32 multiply-adds, which fill the time of both "
-        "(roofline.py), so only loading and memory can be saved"
+        "no fast bf16 here: both sides compute in fp32, most of their time in the same convolutions (roofline.py); "
+        "what is left to save is loading, memory and, in inversions, the plain loop's weight gradients"
     )
 
 
