@@ -21,10 +21,13 @@ from .errors import UserError
 _PRELOADED = "backdoorbench_mcl.engines.warm"
 
 
-def start() -> ForkServerContext:
-    """Have the server started if there is none; this does not wait for it.
+@contextlib.contextmanager
+def starting() -> Iterator[ForkServerContext]:
+    """A block in which children are started: `with starting() as context: context.Process(...).start()`.
 
-    Raises UserError where the temporary folder's path is too long for the server's socket.
+    The first starts the server, which holds the streams of this process until it has imported torch: a command that
+    may end at once in an error has none. Children hear neither of signals that reach this process in the block nor of
+    its main module. Raises UserError where the temporary folder's path is too long for the server's socket.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([_PRELOADED])
@@ -38,16 +41,6 @@ def start() -> ForkServerContext:
             f"the temporary folder {tempfile.gettempdir()} has too long a path for a socket (107 bytes with its "
             "name); set TMPDIR to a shorter one, as in TMPDIR=/tmp"
         ) from error
-    return context
-
-
-@contextlib.contextmanager
-def starting() -> Iterator[ForkServerContext]:
-    """A block in which children are started: `with starting() as context: context.Process(...).start()`.
-
-    Children hear neither of signals that reach this process in the block nor of its main module.
-    """
-    context = start()
     with _undisturbed(), _no_main():
         yield context
 
@@ -78,4 +71,4 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-__all__ = ["start", "starting"]
+__all__ = ["starting"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from . import artefacts, cells, confine, costs, datacache, forks, params, plan, plugins, presets, provenance, request
+from . import artefacts, cells, confine, costs, datacache, params, plan, plugins, presets, provenance, request
 from .agenda import Agenda
 from .engines import ray
 from .engines.base import Engine, Finished, Isolation
@@ -175,10 +175,8 @@ def check_data(text: str, root: Path | None) -> list[str]:
 def registry(say: Callable[[str], None] = lambda line: None, jobs: bool = True) -> Registry:
     """The methods of this installation, with the user's cache; `say` is told of what takes seconds.
 
-    jobs: some will be run, so that their fork server is started at once and imports torch meanwhile.
+    jobs: some will be run, so that their fork server may as well read classes.
     """
-    if jobs:
-        forks.start()
     return Registry(plugins.load(), cache_folder(), say=say, warm=jobs)
 
 

@@ -1,6 +1,6 @@
 """Real drivers, real SIGKILLs at seeded random instants: nothing finished is lost, doubled, torn or different.
 
-BBMCL_TEST_KILLS: how many kills (default 12); BBMCL_TEST_SEED: the instants (default 0).
+BBMCL_TEST_KILLS: how many kills (default 8); BBMCL_TEST_SEED: the instants (default 0).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from conftest import Reference
 from backdoorbench_mcl import artefacts
 from backdoorbench_mcl.store import Stage, Store
 
-KILLS = int(os.environ.get("BBMCL_TEST_KILLS", "12"))
+KILLS = int(os.environ.get("BBMCL_TEST_KILLS", "8"))
 SEED = int(os.environ.get("BBMCL_TEST_SEED", "0"))
 JOBS_DIE = 3.0  # seconds: an orphaned job ends at once, but has to get a core for it
 ALL_DIE = 60.0  # a fork server that is still importing torch learns of its driver's death when it has done so
