@@ -11,6 +11,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from . import provenance
@@ -110,13 +111,20 @@ class Forecast:
         return f"about {duration(self.seconds)}{some}"
 
 
-def forecast(plan: Plan, missing: Collection[str], costs: Costs, workers: int, rank: Callable[[str], Any]) -> Forecast:
-    """What computing the `missing` stages takes with `workers` jobs at once, the smallest `rank` first."""
+def forecast(
+    plan: Plan, missing: Collection[str], costs: Costs, workers: int, rank: Callable[[str], Any],
+    spent: Mapping[str, float] = MappingProxyType({}),
+) -> Forecast:  # fmt: skip
+    """What computing the `missing` stages takes with `workers` jobs at once, the smallest `rank` first.
+
+    spent: seconds that stages which are being computed have had by now.
+    """
     known = {key: costs.seconds(key) for key in missing}
     unknown = sum(seconds is None for seconds in known.values())
+    left = {key: max(0.0, (whole or 0.0) - spent.get(key, 0.0)) for key, whole in known.items()}
     if unknown == len(known):
         return Forecast(None, unknown, len(known))
-    return Forecast(makespan(plan, {key: s or 0.0 for key, s in known.items()}, workers, rank), unknown, len(known))
+    return Forecast(makespan(plan, left, workers, rank), unknown, len(known))
 
 
 def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Callable[[str], Any]) -> float:

@@ -272,8 +272,11 @@ class Matrix(Scoring):
         started = time.monotonic()
         left = [key for key in self.missing if self.agenda.waiting[key] and key not in self.failures]
         workers = max(1, self.engine.free + len(self.running))
-        found = costs.forecast(self.plan, left, self.costs, workers, lambda key: self.agenda.rank(self.plan.nodes[key]))
-        self.display.ahead(found.seconds, str(found))
+        spent = {job.node.key: started - job.started for job in self.running.values()}
+        found = costs.forecast(
+            self.plan, left, self.costs, workers, lambda key: self.agenda.rank(self.plan.nodes[key]), spent
+        )
+        self.display.ahead(None if found.unknown else found.seconds, str(found))
         self.next_forecast = time.monotonic() + LEISURE * (time.monotonic() - started)
 
     def _finished(self, job: _Job, event: Finished, wall: float) -> Stage:

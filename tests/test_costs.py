@@ -120,6 +120,8 @@ def test_an_estimate_is_the_median_of_its_sort_or_nothing() -> None:
     known.add("0", 60.0)
     known.add("1", 30.0)
     assert str(forecast(found, found.nodes, known, 2, str)) == "about 1:32 min"
+    assert forecast(found, ["1", "2"], known, 2, str, {"1": 25.0}).seconds == 5.0 + 2.0
+    assert forecast(found, ["1"], known, 2, str, {"1": 99.0}).seconds == 0.0  # longer than ever: it ends any moment
     assert forecast(found, ["2"], Costs(found, []), 2, str).seconds is None
     assert str(forecast(found, [], known, 2, str)) == "nothing is left to compute"
 
