@@ -37,7 +37,7 @@ def ask(module: str, requests: Sequence[Mapping[str, Any]], seconds: float, warm
         folder = Path(name)
         (folder / REQUESTS).write_text(json.dumps({"seconds": seconds, "requests": list(requests)}))
         path = os.pathsep.join(part or os.getcwd() for part in sys.path)  # the child finds what this process would
-        status = _warm(module, folder, path) if warm else _cold(module, folder, path)
+        status = (_warm if warm and forks.ours() else _cold)(module, folder, path)
         replies = [_read(folder, i) for i in range(len(requests))]
         last = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-1:]
         fate = f"was not read: {' '.join([module, 'ended with status', str(status), *last])}"
@@ -62,14 +62,17 @@ def _cold(module: str, folder: Path, path: str) -> int | None:
 def _warm(module: str, folder: Path, path: str) -> int | None:
     """Answer in a child of the fork server; its exit status."""
     (folder / OUTPUT).touch()
-    with forks.starting() as context:
-        process = context.Process(target=_settle, args=(module, str(folder), {**os.environ, "PYTHONPATH": path}))
-        process.start()
+    process = None
     try:
+        with forks.starting() as context:
+            process = context.Process(target=_settle, args=(module, str(folder), {**os.environ, "PYTHONPATH": path}))
+            process.start()
         process.join()
     finally:
-        _end(process.pid or 0)
-        process.join()
+        if process is not None and process.pid is not None:
+            process.kill()  # stopped before it had a group of its own
+            _end(process.pid)
+            process.join()
     return process.exitcode
 
 
@@ -89,6 +92,7 @@ def _settle(module: str, folder: str, environment: Mapping[str, str]) -> None:
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(os.fdopen(place, "wb", 0, closefd=False), write_through=True) for place in (1, 2)
     )
+    del sys.argv[1:]  # the driver's
     os.environ.clear()
     os.environ.update(environment)
     serve(module, Path(folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,22 +24,37 @@ from .store import Measured, Store
 Specs = Callable[[str], "Mapping[str, Any] | None"]  # key of a stage -> what is hashed
 _OTHERS = ("victim", "weights")  # where a spec names the stage whose network and data it shares
 _SEEDS = {"victim_seed", "defense_seed", "trial", "test", *_OTHERS}
-_GIVEN = {"target", "verdict", "needs"}  # which one is given makes no difference, whether one is does
+DEPTH = 20  # stages between a judgement and its victim: there are three at most
+_GIVEN = {"target", "verdict", "needs", "suspect"}  # which one is given makes no difference, whether one is does
 REMEMBERED = 5000  # the newest stages of a store that are looked at
 RECENT = 20  # measurements of a sort that an estimate rests on: machines and versions change
 
 
-def sort(spec: Mapping[str, Any], specs: Specs) -> str:
-    """The sort of a stage; specs: looks up the stages that it was made from. "" where these are gone."""
-    own = {name: value for name, value in spec.items() if name not in _SEEDS}
-    own |= {name: spec[name] not in (None, {}) for name in _GIVEN & set(spec)}
-    root: Mapping[str, Any] | None = spec
-    while root is not None and "data" not in root:
-        other = next((root[name] for name in _OTHERS if name in root), None)
-        root = None if other is None else specs(other)
+def sort(spec: Any, specs: Specs) -> str:
+    """The sort of a stage; specs: looks up the stages that it was made from. "" where these are gone, and for what is
+    no spec of a stage: stores may come from elsewhere.
+    """
+    root = _root(spec, specs)
     if root is None:
         return ""
-    return canonical({**own, "data": root["data"], "model": root["model"]})
+    own = {name: value for name, value in spec.items() if name not in _SEEDS}
+    own |= {name: spec[name] not in (None, {}) for name in _GIVEN & set(spec)}
+    try:
+        return sys.intern(canonical({**own, "data": root["data"], "model": root["model"]}))
+    except (ValueError, TypeError, RecursionError):
+        return ""
+
+
+def _root(spec: Any, specs: Specs) -> Mapping[str, Any] | None:
+    """The spec that names network and data of a stage: its own, or that of the network that it was made from."""
+    for _ in range(DEPTH):
+        if not isinstance(spec, Mapping):
+            return None
+        if "data" in spec:
+            return spec if "model" in spec else None
+        other = next((spec[name] for name in _OTHERS if name in spec), None)
+        spec = specs(other) if isinstance(other, str) else None
+    return None
 
 
 class Costs:
@@ -57,6 +73,8 @@ class Costs:
         return self.plan.nodes[key].spec if key in self.plan.nodes else self._specs(key)
 
     def _add(self, name: str, seconds: float, gpu_mb: float | None) -> None:
+        if not name:
+            return
         self._seconds.setdefault(name, deque(maxlen=RECENT)).append(seconds)
         if gpu_mb is not None:
             self._gpu.setdefault(name, deque(maxlen=RECENT)).append(gpu_mb)

@@ -49,18 +49,20 @@ class Devices:
 
 
 def measure(names: Sequence[str]) -> dict[str, float]:
-    """MiB of each GPU that the driver's own tool tells of, {} where there is none."""
+    """MiB of each GPU, those of the smallest that the driver's own tool tells of, since it may number them otherwise.
+
+    {} without GPUs, and where the tool is missing.
+    """
     wanted = [name for name in names if name.startswith("cuda")]
     if not wanted:
         return {}
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        sizes = [float(line) for line in told.split()]
+        smallest = min(float(line) for line in told.split())
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
-    places = {name: int(name.partition(":")[2] or 0) for name in wanted}
-    return {name: sizes[place] for name, place in places.items() if place < len(sizes)}
+    return dict.fromkeys(wanted, smallest)
 
 
 __all__ = ["CONTEXT", "ROOM", "Devices", "measure"]

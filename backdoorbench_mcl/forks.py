@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext
 from .errors import UserError
 
 _PRELOADED = "backdoorbench_mcl.engines.warm"
+_SERVER = getattr(forkserver, "_forkserver", None)
 
 
 @contextlib.contextmanager
@@ -30,7 +31,8 @@ def starting() -> Iterator[ForkServerContext]:
     its main module. Raises UserError where the temporary folder's path is too long for the server's socket.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
+    if _pid() is None:
+        context.set_forkserver_preload([_PRELOADED])
     try:
         with _no_main():
             forkserver.ensure_running()
@@ -43,6 +45,19 @@ def starting() -> Iterator[ForkServerContext]:
         ) from error
     with _undisturbed(), _no_main():
         yield context
+
+
+def ours() -> bool:
+    """Whether the server, if there is one, was started here. Python has one for each process, and a script that has
+    started its own before may have it hold modules of plugins as they were then.
+    """
+    return _pid() is None or _PRELOADED in getattr(_SERVER, "_preload_modules", ())
+
+
+def _pid() -> int | None:
+    """The server's process, None while it is not running."""
+    found: int | None = getattr(_SERVER, "_forkserver_pid", None)
+    return found
 
 
 @contextlib.contextmanager
@@ -71,4 +86,4 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-__all__ = ["starting"]
+__all__ = ["ours", "starting"]

@@ -70,7 +70,10 @@ class Matrix(Scoring):
         self.work = WorkFolder()
         self.missing = set(plan.nodes) - store.keys()
         names = str(grants.common["device"]).split(",")
-        self.devices = devices.Devices(names, {} if engine.spreads else devices.measure(names), engine.spreads)
+        memory = {} if engine.spreads else devices.measure(names)
+        self.devices = devices.Devices(names, memory, engine.spreads)
+        if names[0].startswith("cuda") and not engine.spreads and not memory and engine.free > len(names):
+            display.note("nvidia-smi does not tell how large the GPUs are: each runs one job at a time")
         self.machine = provenance.machine_class(str(grants.common["device"]))
         self.costs = costs.of(plan, store, grants.common["device"], grants.common["threads"])
         self.agenda = agenda.Agenda(plan, costs.ahead(plan, self.missing, self.costs))
@@ -167,6 +170,7 @@ class Matrix(Scoring):
             self.absent.discard(node.key)
             if self._stage(node.key) is not None:  # another one has just finished it
                 claim.release()
+                self.missing.discard(node.key)
                 self.changed.add(node.key)
                 moved = True
                 continue
@@ -258,6 +262,7 @@ class Matrix(Scoring):
                 self.grants.judge(node, trial, out)
             stage = self._finished(job, event, seconds)
             self.stages[node.key] = self.store.commit(stage, out)
+            self.absent.discard(node.key)
         except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
             self._fail(node, Failure("failed", f"left a result of no use: {line_of(error)}"), event.log, seconds)
             return
@@ -316,6 +321,7 @@ class Matrix(Scoring):
             self.agenda.touch_all()
         while True:
             self.agenda.touch(self.changed)
+            self.missing |= self.changed - self.stages.keys()
             self.changed.clear()
             due = self.agenda.due()
             if not due:
@@ -344,6 +350,7 @@ class Matrix(Scoring):
         for key in {*cell.own, *filter(None, [cell.after])} - {cell.before}:
             self.scores.pop(key, None)
             self.stages.pop(key, None)
+            self.absent.discard(key)
 
     def _tell(self, row: Row) -> None:
         for plugin, observer in self.observers[:]:

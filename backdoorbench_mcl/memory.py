@@ -48,7 +48,8 @@ def keep() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return False
-    return all(mallopt(what, size) == 1 for what, size in ((_M_MMAP_THRESHOLD, _KEPT), (_M_TRIM_THRESHOLD, _AT_ONCE)))
+    mapped = any(mallopt(_M_MMAP_THRESHOLD, size) == 1 for size in (_KEPT, 32 << 20))  # an older one takes no more
+    return bool(mallopt(_M_TRIM_THRESHOLD, _AT_ONCE) == 1 and mapped)
 
 
 __all__ = ["held", "keep", "total"]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
 
 from .errors import PluginError, UserError
 
@@ -79,19 +80,16 @@ def schema(cls: type[Method]) -> type[BaseModel]:
             )
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         columns[name] = (hints[name], default)
-    _check_defaults(cls, columns)
-    return create_model(cls.__name__, __base__=_Strict, **columns)
+    made = create_model(cls.__name__, __base__=_Strict, **columns)
+    _check_defaults(cls, made, {name: value for name, (_, value) in columns.items()})
+    return made
 
 
-class _Defaults(_Strict):
-    """Looks at defaults too, only to see whether they would pass: a default of 1 for a float stays 1, as in keys."""
-
-    model_config = ConfigDict(validate_default=True)
-
-
-def _check_defaults(cls: type, columns: Mapping[str, Any]) -> None:
+def _check_defaults(cls: type, model: type[BaseModel], defaults: Mapping[str, Any]) -> None:
+    """Raises PluginError for a default that could not be typed. None, whatever the annotation, stands for nothing."""
+    given = {name: value for name, value in defaults.items() if value is not None and value is not ...}
     try:
-        create_model(cls.__name__, __base__=_Defaults, **columns)()
+        model(**{name: value for name, value in given.items() if not isinstance(value, FieldInfo)})
     except ValidationError as error:
         wrong = [item for item in error.errors() if item["type"] != "missing"]
         if wrong:

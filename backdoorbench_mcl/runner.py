@@ -98,6 +98,8 @@ def resources(settings: Settings, device: str) -> Resources:
     every core. On Ray one thread a job. Raises UserError for numbers out of range.
     """
     check(settings)
+    if settings.engine == "ray" and device.startswith("cuda") and device != "cuda":
+        raise UserError(f"--device {device}: on a Ray cluster a job gets the GPU that Ray gives it; use --device cuda")
     if settings.engine == "ray":  # every node does what it can, and the rows say what that was
         wanted: Any = settings.isolation
         if wanted == "auto":
@@ -302,7 +304,10 @@ def compute(
         )  # fmt: skip
         with Progress(len(graph.cells), stream, live) as display:
             engine = _engine(asked.device, using, settings, display.note)
-            return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
+            try:
+                return Matrix(graph, store, grants, engine, display, retry=settings.retry, observers=observers).run()
+            finally:
+                engine.close()
     finally:
         store.close()
 

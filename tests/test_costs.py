@@ -78,7 +78,8 @@ def test_what_exists_takes_no_time() -> None:
 
 ROOT: dict[str, Any] = {"stage": "train", "data": {"hash": "d"}, "model": {"name": "m"}, "attack": {"name": "a"}}
 REPAIR: dict[str, Any] = {
-    "stage": "defend", "victim": "v", "defense": {"name": "ft", "params": {"x": 1}}, "clean_rate": 0.05, "target": 3,
+    "stage": "defend", "suspect": "t", "victim": "v",
+    "defense": {"name": "ft", "params": {"x": 1}}, "clean_rate": 0.05, "target": 3,
     "defense_seed": 0, "needs": {"trigger": "t"}, "precision": "fp32",
 }  # fmt: skip
 
@@ -88,7 +89,8 @@ def test_seeds_do_not_make_a_sort_and_work_does() -> None:
     same = sort(REPAIR, roots.get)
     assert same
     changes: list[dict[str, Any]] = [
-        {"defense_seed": 1}, {"victim": "w"}, {"target": 0}, {"target": 5}, {"needs": {"trigger": "s"}},
+        {"defense_seed": 1}, {"suspect": "s"}, {"victim": "w"}, {"target": 0}, {"target": 5},
+        {"needs": {"trigger": "s"}},
     ]  # fmt: skip
     for change in changes:
         assert sort({**REPAIR, **change}, roots.get) == same, change
@@ -99,6 +101,21 @@ def test_seeds_do_not_make_a_sort_and_work_does() -> None:
     for change in changes:
         assert sort({**REPAIR, **change}, roots.get) not in ("", same), change
     assert sort({**REPAIR, "victim": "gone"}, roots.get) == ""
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        [], "stage", None, {}, {"data": {}}, {"victim": ["a"]}, {"victim": "itself"}, {"victim": {"x": 1}},
+        {"data": {}, "model": {}, "lr": float("nan")}, {"data": {}, "model": {}, "x": object()},
+    ],
+)  # fmt: skip
+def test_what_is_no_spec_has_no_sort(spec: Any) -> None:
+    """Archives bring stages that others wrote."""
+    loop = {"itself": {"victim": "itself"}}
+    assert sort(spec, loop.get) == ""
+    known = Costs(Plan({}), [Measured(spec, 5.0)], loop.get)
+    assert known._seconds == {}
 
 
 def judged(seconds: float) -> Measured:

@@ -70,8 +70,8 @@ def program(file: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "line,expected",
     [
-        ("printf '81559\\n40960\\n'", {"cuda:0": 81559.0, "cuda:1": 40960.0}),
-        ("printf '81559\\n'", {"cuda:0": 81559.0}),
+        ("printf '81559\\n40960\\n'", {"cuda:0": 40960.0, "cuda:1": 40960.0}),
+        ("printf '81559\\n'", {"cuda:0": 81559.0, "cuda:1": 81559.0}),
         ("echo 'No devices were found'; exit 6", {}),
         ("echo '[N/A]'", {}),
     ],

@@ -136,6 +136,19 @@ def test_cells_computed_one_by_one_have_the_same_bits(finished: tuple[Path, list
     assert artefacts(tmp_path / "runs") == artefacts(runs)
 
 
+@pytest.mark.usefixtures("toy")
+def test_a_row_remembers_what_it_rests_on_after_the_cell_of_that_is_settled(tmp_path: Path) -> None:
+    """mcldef+ begins with what mcldef made, whose own cell is settled, and let go, while mcldef+ still runs."""
+    asked = small.options("badnets", "mcldef,mcldef+", overrides=small.overrides("badnets", "mcldef"))
+    rows = runner.run_matrix(asked, Settings(runs=tmp_path / "runs", workers=2, threads=1), live=False)
+    found = {row.defense: row for row in rows}
+    assert {row.state for row in rows} == {"ok"}
+    first, second = (found[name].seconds_shared for name in ("mcldef", "mcldef+"))
+    assert first is not None and second is not None
+    own = found["mcldef+"].seconds
+    assert own is not None and second > own
+
+
 def test_two_drivers_share_one_store(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     command = [sys.executable, "-m", "backdoorbench_mcl.cli", *small.command(), "--workers", "2", "--runs", str(runs)]

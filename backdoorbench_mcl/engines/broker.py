@@ -115,6 +115,7 @@ def _made(value: Any) -> dict[str, Any]:
         raise _Useless("no versions")
     if not all(isinstance(text, str) for text in told["versions"].values()) or not isinstance(told.get("origin"), dict):
         raise _Useless("no versions, or no origin")
+    json.dumps(told, allow_nan=False)  # a store takes no other numbers
     return {"machine": _text(told.get("machine"), 200), "versions": told["versions"], "origin": told["origin"]}
 
 
@@ -166,6 +167,7 @@ class _Job:
     lost: int = 0
     refused: dict[str, str] = field(default_factory=dict)  # node -> why
     sends_data: bool = False
+    begun: bool = False  # on a node
     running: Any = None  # what Ray calls its messages by
 
 
@@ -179,7 +181,8 @@ class Broker:
         self.data: dict[str, dict[str, list[Any]]] = {}
         self.jobs: dict[Path, tuple[_Job, threading.Thread]] = {}
         self.task = ray.remote(node.run)
-        self._tell, self._lock = tell, threading.Lock()
+        self.told: set[str] = set()  # why nodes refused
+        self._tell, self._lock, self._filling = tell, threading.Lock(), threading.Lock()
 
     def say(self, **message: Any) -> None:
         """A line for the driver."""
@@ -210,7 +213,11 @@ class Broker:
             try:
                 if not any(one["Alive"] and one["NodeID"] == own for one in ray.nodes()):
                     raise RuntimeError("the Ray node of this machine has ended")
-                if (now := sum(self.nodes().values())) != slots:
+                living = self.nodes()
+                for job, _ in list(self.jobs.values()):
+                    if not job.begun and job.running is not None and self._refused_by(job, living):
+                        ray.cancel(job.running)  # it would wait for a node that is gone: `_once` finds it refused
+                if (now := sum(living.values())) != slots:
                     slots = now
                     self.say(slots=now)
             except Exception as error:
@@ -278,6 +285,10 @@ class Broker:
 
     def _once(self, job: _Job, intake: Intake) -> bool:
         """Run a job on some node; False if it has to be asked of another one, or with the data set."""
+        if self._refused_by(job, self.nodes()):  # those that had not are gone
+            self._finish(job, "failed", list(job.refused.values())[-1], intake)
+            return True
+        job.begun = False
         options: dict[str, Any] = {"num_cpus": self.asked["threads"], "max_retries": 0, "num_returns": "streaming"}
         if self.asked["gpus"]:
             options["num_gpus"] = self.asked["gpus"]
@@ -300,6 +311,7 @@ class Broker:
                     self.say(progress=[str(job.folder), *steps])
                 continue
             intake.take(message)
+            job.begun = job.begun or bool(intake.node)
             if intake.node and "node" in message:
                 self.say(at=[str(job.folder), intake.node])
             if intake.ended:
@@ -311,11 +323,14 @@ class Broker:
         if not intake.node.get("node", "").isalnum():
             raise _Useless("refused by nobody")
         job.refused[intake.node["node"]] = why
-        if set(self.nodes()) <= set(job.refused):
-            self._finish(job, "failed", why, intake)
-            return True
-        self.say(note=why)
+        if why not in self.told:
+            self.told.add(why)
+            self.say(note=why)
         return False
+
+    def _refused_by(self, job: _Job, living: Mapping[str, int]) -> bool:
+        """Whether all nodes that there are have refused a job."""
+        return bool(job.refused) and bool(living) and set(living) <= set(job.refused)
 
     def _request(self, job: _Job) -> dict[str, Any]:
         text = (job.folder / "spec.json").read_text()
@@ -327,10 +342,11 @@ class Broker:
 
     def _data(self, folder: Path, name: str) -> dict[str, list[Any]]:
         """The prepared data set in the object store, where it stays: every node asks for it once."""
-        if name not in self.data:
-            keep = Shelf(MOST_BYTES)
-            self.data[name] = {file: keep.refs(folder / file) for file in datacache.FILES}
-        return self.data[name]
+        with self._filling:  # at the start of a run all jobs ask at once
+            if name not in self.data:
+                keep = Shelf(MOST_BYTES)
+                self.data[name] = {file: keep.refs(folder / file) for file in datacache.FILES}
+            return self.data[name]
 
     def _finish(self, job: _Job, state: str, reason: str, intake: Intake | None = None, log: str = "",
                 result: Mapping[str, Any] | None = None) -> None:  # fmt: skip

@@ -6,6 +6,7 @@ a plain dict of text, numbers and bytes, and the driver believes none of it (`br
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -93,8 +94,19 @@ def _localised(spec: dict[str, Any], request: Mapping[str, Any], folder: Path) -
     if not datacache.intact(arrays, name):
         if not request["data"]:
             return None
-        arrays = datacache.receive(caches.cache_folder(), name, {k: _pieces(v) for k, v in request["data"].items()})
+        arrays = _received(arrays, name, request["data"])
     return {**local, "data": {**spec["data"], "folder": str(arrays)}, "readable": [str(arrays)]}
+
+
+def _received(arrays: Path, name: str, data: Mapping[str, Iterable[Any]]) -> Path:
+    """The data set in this node's cache; of jobs that begin together one takes it in."""
+    cache = caches.cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if datacache.intact(arrays, name):
+            return arrays
+        return datacache.receive(cache, name, {file: _pieces(refs) for file, refs in data.items()})
 
 
 def _snapshot(given: str, request: Mapping[str, Any], folder: Path) -> str:

@@ -197,11 +197,8 @@ def token(runs: Path) -> str:
     """What stands in the token of a runs folder, made when it is first asked for."""
     file = runs / TOKEN
     if not file.exists():
-        scratch = runs / f"{TOKEN}.{uuid.uuid4().hex}"
-        scratch.write_text(uuid.uuid4().hex)
-        with contextlib.suppress(FileExistsError):  # another driver was first
-            os.link(scratch, file)
-        scratch.unlink()
+        with contextlib.suppress(FileExistsError), file.open("x") as own:  # another driver was first
+            own.write(uuid.uuid4().hex)
     return file.read_text()
 
 
