@@ -280,3 +280,20 @@ def test_a_signal_ends_the_run_cleanly(launcher: Launcher, reference: Reference,
     assert ledger.stages
     assert all(reference.artefacts[key] == stage.artefact for key, stage in ledger.stages.items())
     assert list(Path(launcher.temporary.name).glob("bbmcl-*")) == []  # and its work folder is gone
+
+
+@pytest.mark.usefixtures("sigint_heeded")
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_classes_are_read_ends_the_run_cleanly(
+    tmp_path: Path, toy_env: dict[str, str], way: str
+) -> None:
+    """To the whole group, as Ctrl-C goes, at a time when the fork server imports torch."""
+    launcher = Launcher(tmp_path, {**toy_env, "BBMCL_CACHE": str(tmp_path / "empty-cache")})
+    with launcher.driver() as driver:
+        said = b"reading methods"
+        assert wait_until(lambda: said in driver.stderr.read_bytes() or not driver.lives(), 60)
+        time.sleep(0.7)
+        os.killpg(driver.session, getattr(signal, way))
+        assert driver.process.wait(30) == (143 if way == "SIGTERM" else 130)
+        assert wait_until(lambda: list(Path(launcher.temporary.name).glob("bbmcl-*")) == [], 10)
+        assert "Traceback" not in driver.stderr.read_text()

@@ -139,7 +139,9 @@ def test_cells_computed_one_by_one_have_the_same_bits(finished: tuple[Path, list
 @pytest.mark.usefixtures("toy")
 def test_a_row_remembers_what_it_rests_on_after_the_cell_of_that_is_settled(tmp_path: Path) -> None:
     """mcldef+ begins with what mcldef made, whose own cell is settled, and let go, while mcldef+ still runs."""
-    asked = small.options("badnets", "mcldef,mcldef+", overrides=small.overrides("badnets", "mcldef"))
+    asked = small.options("badnets", "mcldef,mcldef+", overrides=(
+        *small.overrides("badnets", "mcldef"), "mcldef+.inverter=nc-box(steps=20)", "mcldef+.steps=300",
+    ))  # fmt: skip
     rows = runner.run_matrix(asked, Settings(runs=tmp_path / "runs", workers=2, threads=1), live=False)
     found = {row.defense: row for row in rows}
     assert {row.state for row in rows} == {"ok"}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,8 @@ from backdoorbench_mcl.engines import node
 from backdoorbench_mcl.engines import ray as engine_ray
 from backdoorbench_mcl.errors import UserError
 
-pytest.importorskip("ray", reason=ABSENT)
-from backdoorbench_mcl.engines import broker
+ray = pytest.importorskip("ray", reason=ABSENT)
+from backdoorbench_mcl.engines import broker  # noqa: E402
 
 # ---------------------------------------------------------------- what a node sends
 
@@ -38,6 +42,7 @@ def ending(**changes: Any) -> dict[str, Any]:
         {"file": "x.safetensors"}, {"node": 3}, {"node": "a", "address": "b", "host": "c" * 1000}, {"made": "{}"},
         {"made": json.dumps({"machine": 3, "versions": {}, "origin": {}})}, {"made": "[" * 10_000},
         {"made": json.dumps({"machine": "", "versions": {"torch": 3}, "origin": {}})}, {"ended": None},
+        {"made": json.dumps({"machine": "", "versions": {}, "origin": {"cores": float("nan")}})},
         ending(state="fine"), ending(result="{}"), ending(result="nonsense"), ending(log=3), ending(reason="x" * 5000),
         ending(state="failed"), ending(result='{"state": "ok", "reason": "", "seconds": "long"}'),
     ],
@@ -54,6 +59,69 @@ def test_a_node_that_sends_nonsense_is_not_believed(tmp_path: Path, message: Any
     assert not intake.ended
     intake.take(ending())  # and what it should send is taken
     assert intake.ended["state"] == "ok" and (folder / "out" / "a.safetensors").read_bytes() == b"12"
+
+
+class Script:
+    """What Ray's task and client are for a broker. tries: what each try of a job has a node send; the last raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *tries: Callable[[], Iterator[Any]]) -> None:
+        self.tries = iter(tries)
+        self.asked: list[dict[str, Any]] = []
+        monkeypatch.setattr(ray, "remote", lambda function: self)
+        monkeypatch.setattr(ray, "get", lambda message: message)
+
+    def options(self, **options: Any) -> Script:
+        self.asked.append(options)
+        return self
+
+    def remote(self, request: Any) -> Iterator[Any]:
+        return next(self.tries)()
+
+
+def test_a_job_that_all_nodes_left_have_refused_fails_with_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One refuses, the other one is lost: asked of any but the first, a job would wait for ever."""
+    living = {"A": 1, "B": 1}
+
+    def refuses() -> Iterator[Any]:
+        yield {"node": "A", "address": "a", "host": "h", "pid": "1"}
+        yield {"refused": "node a has torch 1"}
+
+    def dies() -> Iterator[Any]:
+        yield {"node": "B", "address": "b", "host": "h", "pid": "1"}
+        del living["B"]
+        raise ray.exceptions.WorkerCrashedError
+
+    script, told = Script(monkeypatch, refuses, dies), io.StringIO()
+    served = broker.Broker({"threads": 1, "gpus": 0}, told)
+    monkeypatch.setattr(served, "nodes", lambda: dict(living))
+    monkeypatch.setattr(served, "_request", lambda job: {})
+    served._follow(broker._Job(tmp_path))
+    lines = [json.loads(line) for line in told.getvalue().splitlines()]
+    assert [line["finished"][:3] for line in lines if "finished" in line] == [
+        [str(tmp_path), "failed", "node a has torch 1"]
+    ]
+    assert len(script.asked) == 2
+    assert script.asked[1]["label_selector"] == {"ray.io/node-id": "!in(A)"}
+
+
+def test_jobs_that_ask_at_once_have_the_data_set_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[int] = []
+
+    def put(piece: bytes) -> int:
+        time.sleep(0.02)
+        stored.append(len(piece))
+        return 0
+
+    monkeypatch.setattr(ray, "put", put)
+    for file in datacache.FILES:
+        (tmp_path / file).write_bytes(file.encode() * 100)
+    served = broker.Broker({}, io.StringIO())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: served._data(tmp_path, "hash"), range(8)))
+    assert sum(stored) == sum((tmp_path / file).stat().st_size for file in datacache.FILES)
+    assert all(one == found[0] for one in found)
 
 
 def test_what_a_node_sends_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
