@@ -22,8 +22,7 @@ def closures(plan: Plan) -> dict[str, frozenset[str]]:
     """Stage -> itself, and every stage that has to exist before it: inputs and gates, however far up."""
     out: dict[str, frozenset[str]] = {}
     for key, node in plan.nodes.items():  # a plan names inputs before what is made from them
-        above = [*node.inputs.values(), *filter(None, [node.gated_by])]
-        out[key] = frozenset({key}).union(*(out[other] for other in above))
+        out[key] = frozenset({key}).union(*(out[other] for other in node.above))
     return out
 
 
@@ -49,13 +48,12 @@ class Agenda:
         self._heap: list[tuple[tuple[float, ...], str]] = []
         self._queued: set[str] = set()
 
-    def close(self, cell: int) -> list[str]:
-        """A cell is settled; returns the stages that no cell is waiting for any more."""
+    def close(self, cell: int) -> None:
+        """A cell is settled, and waits for nothing any more."""
         self.open.discard(cell)
         self._due.discard(cell)
         for key in self.rests[cell]:
             self.waiting[key] -= 1
-        return [key for key in self.rests[cell] if not self.waiting[key]]
 
     def touch(self, keys: Iterable[str]) -> None:
         """Stages came, went or failed: the cells that rest on them are due."""

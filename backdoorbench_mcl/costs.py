@@ -150,10 +150,7 @@ def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Calla
 
     Of those that can be started the one with the smallest `rank` is. Stages that are not in `seconds` exist.
     """
-    above = {
-        key: {other for other in (*node.inputs.values(), *filter(None, [node.gated_by])) if other in seconds}
-        for key, node in plan.nodes.items() if key in seconds
-    }  # fmt: skip
+    above = {key: node.above & seconds.keys() for key, node in plan.nodes.items() if key in seconds}
     below: dict[str, list[str]] = {}
     for key, others in above.items():
         for other in others:
@@ -191,7 +188,7 @@ def tails(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:
     """The longest chain that begins with each stage. seconds: of stages alone, nothing for those that it lacks."""
     out = {key: seconds.get(key, 0.0) for key in plan.nodes}
     for key, node in reversed(plan.nodes.items()):  # a plan names inputs before what is made from them
-        for other in (*node.inputs.values(), *filter(None, [node.gated_by])):
+        for other in node.above:
             out[other] = max(out[other], seconds.get(other, 0.0) + out[key])
     return out
 

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from . import agenda, costs, devices, plugins, provenance, remarks
@@ -64,7 +64,6 @@ class Matrix(Scoring):
         }  # fmt: skip
         self.never = frozenset(self.failures)
         self.running: dict[Path, _Job] = {}
-        self.busy: set[str] = set()  # keys of what is running
         self.rows: dict[int, Row] = {}
         self.earlier: dict[int, Row] = {}  # rows that are scored again, for a stage beside the score
         self.work = WorkFolder()
@@ -128,8 +127,8 @@ class Matrix(Scoring):
                 self.agenda.close(i)
                 self.display.cell(self.rows[i])
 
-    def _want(self, cell: Cell) -> None:
-        """Put on the agenda what an unfinished cell lacks and can be computed now."""
+    def _want(self, cell: Cell, busy: Container[str]) -> None:
+        """Put on the agenda what an unfinished cell lacks and can be computed now. busy: what is being computed."""
 
         def visit(key: str) -> None:
             if self._stage(key) is not None or key in self.failures:
@@ -140,7 +139,7 @@ class Matrix(Scoring):
             missing = [k for k in node.inputs.values() if self._stage(k) is None]
             for k in missing:
                 visit(k)
-            if not missing and key not in self.busy:
+            if not missing and key not in busy:
                 self.agenda.add(node)
 
         for key in agenda.stages_of(cell):
@@ -209,7 +208,6 @@ class Matrix(Scoring):
             return True
         given = {role: path.name for role, path in inputs.items()}
         self.running[folder] = _Job(node, claim, time.monotonic(), given, place)
-        self.busy.add(node.key)
         self.display.started(node.key, node.title)
         self.engine.start(folder)
         return True
@@ -242,7 +240,6 @@ class Matrix(Scoring):
                 self._fail(job.node, Failure(event.state, event.reason), event.log, seconds)
         finally:
             del self.running[event.folder]
-            self.busy.discard(job.node.key)
             self.devices.release(*job.place)
             self.changed.add(job.node.key)
             job.claim.release()
@@ -326,10 +323,11 @@ class Matrix(Scoring):
             due = self.agenda.due()
             if not due:
                 return moved
+            busy = {job.node.key for job in self.running.values()}
             for i in due:
                 row = self._score(self.plan.cells[i])
                 if row is None:
-                    self._want(self.plan.cells[i])
+                    self._want(self.plan.cells[i], busy)
                 else:
                     self._settle(i, row)
                     moved = True

@@ -48,6 +48,11 @@ class Node:
     order: int = 0
 
     @property
+    def above(self) -> set[str]:
+        """Keys of the stages that have to exist before this one is begun: its inputs, and the gate."""
+        return {*self.inputs.values(), *filter(None, [self.gated_by])}
+
+    @property
     def actor(self) -> Described:
         """The method that a failure of this stage is blamed on."""
         return self.methods[_ACTORS[self.kind]]

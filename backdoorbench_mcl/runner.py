@@ -221,11 +221,11 @@ def dry_run(options: Options, settings: Settings) -> list[str]:
     asked = request.resolve(options, known, prepare_data(known, cache_folder()))
     using = resources(settings, asked.device)
     graph = plan.build(asked)
-    stored, time = set[str](), "unknown, nothing like it was measured here"
+    stored, time = set[str](), costs.Forecast(None, len(graph.nodes), len(graph.nodes))
     if Store.exists(settings.runs):
         store = Store(settings.runs)
         stored = store.keys() & set(graph.nodes)
-        time = str(_forecast(graph, store, stored, asked, using))
+        time = _forecast(graph, store, stored, asked, using)
         store.close()
     kinds = Counter(node.kind for node in graph.nodes.values())
     missing = Counter(node.kind for key, node in graph.nodes.items() if key not in stored)
