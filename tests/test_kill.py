@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import small
 from conftest import Reference
+from processes import members, wait_until
 
 from backdoorbench_mcl import artefacts
 from backdoorbench_mcl.store import Stage, Store
@@ -36,43 +37,11 @@ ALL_DIE = 60.0  # a fork server that is still importing torch learns of its driv
 TARGETS = ("driver", "worker", "group")
 
 
-@dataclass(frozen=True)
-class Process:
-    """A line of the process table, as in /proc/PID/stat."""
-
-    pid: int
-    parent: int
-    state: str
-
-
-def members(session: int) -> list[Process]:
-    """The living processes of a session; a zombie is dead."""
-    out = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = file.read_text().rpartition(")")[2].split()  # what follows the name, which may hold anything
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] not in "ZX":
-            out.append(Process(int(file.parent.name), int(fields[1]), fields[0]))
-    return out
-
-
 def workers(session: int) -> list[int]:
     """The jobs of a driver: grandchildren, because the fork server is their parent."""
     found = members(session)
     children = {process.pid for process in found if process.parent == session}
     return sorted(process.pid for process in found if process.parent in children)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether `condition` came true within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @dataclass

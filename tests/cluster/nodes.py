@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
+from processes import Process, below, processes
 
 HERE = Path(__file__).parent
 ABSENT = "Ray is not installed; pip install 'backdoorbench-mcl[ray]'"
@@ -20,51 +20,6 @@ QUICK = {  # a raylet that died is noticed in two seconds instead of fifteen
     "health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3,
 }  # fmt: skip
 STORE = 78 << 20  # bytes of a node's object store; Ray wants 75 MB at least
-
-
-@dataclass(frozen=True)
-class Process:
-    """A line of the process table."""
-
-    pid: int
-    parent: int
-    command: str = ""
-
-
-def processes() -> list[Process]:
-    """All that live; a zombie is dead."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = file.read_text().rpartition(")")[2].split()
-            command = (file.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if fields[0] not in "ZX":
-            found.append(Process(int(file.parent.name), int(fields[1]), command))
-    return found
-
-
-def below(pid: int, every: list[Process] | None = None) -> list[Process]:
-    """Descendants of a process, among `every` if that was asked for before."""
-    every = processes() if every is None else every
-    found: list[Process] = []
-    parents = {pid}
-    while parents:
-        children = [process for process in every if process.parent in parents]
-        found += children
-        parents = {process.pid for process in children}
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether `condition` came true within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @dataclass

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import small
 from conftest import Bbmcl
-from nodes import ABSENT, HERE, Process, Two, below, cluster_of_two, processes, wait_until
+from nodes import ABSENT, HERE, Two, cluster_of_two
+from processes import Process, below, processes, wait_until
 from test_engine import EPOCH, Bench, made_bench, watch, weights
 
 from backdoorbench_mcl import artefacts, datacache, plan, provenance, runner
