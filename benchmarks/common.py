@@ -88,6 +88,13 @@ def seconds(run: Run, batches: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def timed(body: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `body` took, and what it returned."""
+    started = time.perf_counter()
+    found = body()
+    return time.perf_counter() - started, found
+
+
 def long_enough(run: Run, setting: Setting) -> int:
     """Batches that keep `run` busy for the duration asked for, with a fifth to spare."""
     batches = 2

@@ -26,15 +26,11 @@ TESTS = HERE.parent / "tests"
 sys.path[:0] = [str(HERE), str(TESTS), str(TESTS / "toy")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS / "toy"), os.environ.get("PYTHONPATH")]))
 
-import small  # noqa: E402
-from echo import Echo  # noqa: E402
+from common import NoSnapshot  # noqa: E402
+from echo import PER_SEED, asked, drive  # noqa: E402
 
 from backdoorbench_mcl import kit, plan, provenance, request, runner  # noqa: E402
 from backdoorbench_mcl.api import Images, InverterContext, Recipe  # noqa: E402
-from backdoorbench_mcl.grant import Grants  # noqa: E402
-from backdoorbench_mcl.matrix import Matrix  # noqa: E402
-from backdoorbench_mcl.progress import Progress  # noqa: E402
-from backdoorbench_mcl.store import Store  # noqa: E402
 from bbmcl_inverters.nc_full import NCFull  # noqa: E402
 from bbmcl_models.wrn import WRN  # noqa: E402
 
@@ -47,18 +43,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def asked(cells: int) -> request.Request:
-    """Two attacks, two defenses, five defense seeds, and as many victims as it takes: 22 cells for each of them."""
-    victims = max(1, round(cells / 22))
-    return small.resolve(small.options("badnets,blend", "ft,mcldef", seeds=f"0-{victims - 1}", defense_seeds="0-4"))
-
-
 def planned(sizes: Sequence[int]) -> Points:
     """Seconds to plan so many cells."""
     found = []
     for size in sizes:
         wanted = asked(size)
-        found.append((2 * len(wanted.seeds) * 11, seconds(partial(plan.build, wanted))))
+        found.append((PER_SEED * len(wanted.seeds), seconds(partial(plan.build, wanted))))
     return found
 
 
@@ -70,19 +60,14 @@ def driven(sizes: Sequence[int]) -> tuple[Points, Points]:
         with tempfile.TemporaryDirectory(prefix="bbmcl-scaling-") as folder:
             wanted = asked(size)
             graph = plan.build(wanted)
-            filled.append((len(graph.cells), seconds(partial(drive, wanted, graph, Path(folder), "1"))))
-            stored.append((len(graph.cells), seconds(partial(drive, wanted, graph, Path(folder), "2"))))
+            filled.append(
+                (len(graph.cells), seconds(partial(drive, wanted, graph, Path(folder, "runs"), Path(folder, "kept"))))
+            )
+            stored.append(
+                (len(graph.cells), seconds(partial(drive, wanted, graph, Path(folder, "runs"), Path(folder, "none"))))
+            )
         print(f"{len(graph.cells)} cells: {filled[-1][1]:.1f} s, again {stored[-1][1]:.2f} s", flush=True)
     return filled, stored
-
-
-def drive(wanted: request.Request, graph: plan.Plan, at: Path, turn: str) -> None:
-    store = Store(at / "runs")
-    grants = Grants(wanted.data, store, device="cpu", precision="fp32", threads=1, isolation="process")
-    with open(os.devnull, "w") as nowhere, Progress(len(graph.cells), nowhere, live=False) as display:
-        rows = Matrix(graph, store, grants, Echo(2, at / turn), display).run()
-    store.close()
-    assert {row.state for row in rows} == {"ok"}
 
 
 def network(classes: int) -> Any:
@@ -111,16 +96,6 @@ def detected(sizes: Sequence[int], workdir: Path) -> Points:
         found.append((classes, seconds(partial(inverter.detect, model, context))))
         print(f"{classes} classes: {found[-1][1]:.1f} s", flush=True)
     return found
-
-
-class NoSnapshot:
-    """Keeps nothing."""
-
-    def load(self) -> None:
-        return None
-
-    def save(self, tensors: Any, meta: Any) -> None:
-        return None
 
 
 def worked(counts: Sequence[int]) -> Points:

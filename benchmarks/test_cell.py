@@ -9,7 +9,6 @@ is not timed.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import plain
 import pytest
 import torch
-from common import MEAN, STD, as_job, context, fresh_network, usual_heap
+from common import MEAN, STD, as_job, context, fresh_network, timed, usual_heap
 from figures import Book, Setting
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -140,12 +139,6 @@ def defense_context(stage: Stage, setting: Setting, workdir: Path, recipe: Recip
         DefenseContext, setting, workdir, recipe, clean=stage.clean, needs=needs, granted=granted
     )
     return context
-
-
-def timed(body: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = body()
-    return time.perf_counter() - started, found
 
 
 def test_mcldef_cell(benchmark: BenchmarkFixture, book: Book, setting: Setting, stage: Stage, tmp_path: Path) -> None:
