@@ -22,7 +22,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 EVAL_BATCH = 512
 COUNT = 40 * EVAL_BATCH  # random images
 
-Run = Callable[[int], None]  # processes so many batches
+Run = Callable[[int], object]  # processes so many batches
 
 
 class NoSnapshot:

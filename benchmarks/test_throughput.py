@@ -15,13 +15,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from common import COUNT, EVAL_BATCH, Run, as_job, context, fresh_network, long_enough, seconds, usual_heap
 from figures import Figures, Setting
-from plain import Bare, loader_forever, plain_network
+from plain import Bare, fine_tune, loader_forever, plain_network
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,26 +102,13 @@ def test_training(
 
         kit.fit(network, there, context(Context, setting, tmp_path), loss, recipe=Recipe(steps=batches, lr=0.01))
 
-    def trainer(model: torch.nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> Run:
-        model.train()
-        sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-
-        def run(count: int) -> None:
-            for _ in range(count):
-                x, y = next(batches)
-                sgd.zero_grad()
-                torch.autograd.backward(F.cross_entropy(model(x), y))
-                sgd.step()
-
-        return run
-
     def random_batches() -> Iterator[tuple[Tensor, Tensor]]:
         draw, y = bare_batch(images, TRAIN_BATCH, setting), images.y[:TRAIN_BATCH].to(setting.device)
         while True:
             yield draw(), y
 
-    plain = trainer(plain_network(network), loader_forever(images, TRAIN_BATCH, True, setting.device))
-    bare = trainer(Bare(copy.deepcopy(network), setting.precision), random_batches())
+    plain = partial(fine_tune, plain_network(network), loader_forever(images, TRAIN_BATCH, True, setting.device))
+    bare = partial(fine_tune, Bare(copy.deepcopy(network), setting.precision), random_batches())
     figures = Figures("training", TRAIN_BATCH)
     compete(benchmark, setting, figures, harness, plain, bare)
     record(figures)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import baseline
+import pytest
 import targets
 
 MACHINE = {"machine class": "x86 avx2", "processor": "p", "device": "cpu", "precision": "fp32", "threads": 1}

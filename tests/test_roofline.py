@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import roofline
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bbmcl_models.wrn import WRN
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import roofline
 
 BATCH = 3
 
