@@ -12,10 +12,10 @@ from typing import Any, get_args
 from . import __version__, plugins
 from .errors import UserError
 from .hooks import Entry
+from .needed import check_declarations
 from .params import selection
 from .plugins import Kind
 from .registry import Registry, Wanted
-from .request import check_declarations
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RESERVED = frozenset({"all", "none", "before", "train", "defend", "natural", "robust"})  # selections and recipes

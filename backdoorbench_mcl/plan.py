@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from . import cells, evaluate
+from .needed import labels_used, wanted_by
 from .registry import Described
-from .request import BEFORE, CONTROL, Request, labels_used, wanted_by
+from .request import BEFORE, CONTROL, Request
 from .rows import Row
 
 Kind = Literal["surrogate", "train", "suspect", "trial", "verdict", "invert", "defend", "retune", "predict", "embed"]

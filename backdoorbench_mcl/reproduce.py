@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import params, report, runner
 from .errors import UserError
+from .needed import wanted_by
 from .presets.suite import NAMES, Suite, datasets, on, suite
 from .registry import Described, Registry, Wanted, cache_folder
-from .request import NOTHING, Options, resolve, wanted_by
+from .request import NOTHING, Options, resolve
 from .rows import Row
 from .store import Store
 

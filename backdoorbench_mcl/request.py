@@ -8,23 +8,23 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from . import cells, datacache, params, presets, provenance
-from .errors import BbmclError, PluginError, UserError
+from .errors import BbmclError, UserError
+from .needed import Needed, Table, check_declarations, describe_needed, told_by
 from .params import Selection
-from .plugins import Kind, Offer
-from .registry import PROVIDERS, Described, Registry, Wanted
+from .plugins import Kind
+from .registry import Described, Registry, Wanted
 
 CONTROL = "none"  # the no-attack: a control that `--attacks all` leaves out
 NOTHING = "none"  # `--defenses none`: victims are trained and judged, that is all
 ORACLES = frozenset({"trigger", "location"})  # what a method knows that `all` leaves out
 BEFORE = "before"  # the label of the undefended victim
 Precision = Literal["fp32", "bf16"]
-Needed = Mapping[tuple[str, str], Described]  # (kind of method, text) -> the method behind a need
 PrepareData = Callable[[Described, Path | None, str], datacache.DataInfo]
 
 
@@ -80,7 +80,7 @@ class Request:
     embed: bool = False
 
 
-def _one_of(option: str, given: str, allowed: Sequence[str]) -> str:
+def one_of(option: str, given: str, allowed: Sequence[str]) -> str:
     if given not in allowed:
         close = difflib.get_close_matches(given, allowed, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(allowed)}"
@@ -123,7 +123,7 @@ def resolve_device(text: str) -> str:
 
 def resolve_precision(text: str, device: str) -> Precision:
     """`auto` is bf16 on CUDA and on processors that have it, else fp32: a static rule, never a timing (design 3.3)."""
-    _one_of("--precision", text, ("auto", "fp32", "bf16"))
+    one_of("--precision", text, ("auto", "fp32", "bf16"))
     if text == "auto":
         return "bf16" if device.startswith("cuda") or provenance.supports_bf16() else "fp32"
     return "bf16" if text == "bf16" else "fp32"
@@ -185,74 +185,21 @@ def _check_sweeps(sweeps: Sequence[params.Sweep], chosen: Sequence[Selection]) -
             raise UserError(f"--sweep {sweep.name}.{sweep.parameter}: no such attack or defense is selected; {hint}")
 
 
-class _Settings:
-    """Presets, budget and `--set` by method name; knows which `--set` was used."""
-
-    def __init__(self, base: presets.Settings, overrides: Mapping[str, dict[str, Any]]) -> None:
-        self.base = base
-        self.overrides = overrides
-        self.seen: set[str] = set()
-
-    def of(self, selection: Selection) -> dict[str, Any]:
-        name = selection.name.rpartition("/")[2]
-        self.seen |= {name, selection.name}
-        own = {**self.overrides.get(name, {}), **(self.overrides.get(selection.name, {}))}
-        base = dict(self.base.get(name, {}))
-        if "epochs" in {**own, **selection.params} and "steps" not in own:
-            base.pop("steps", None)  # epochs asked for outright beat the steps of a budget
-        return {**base, **own}
-
-    def check(self) -> None:
-        for name in self.overrides:
-            if name not in self.seen:
-                known = sorted(self.seen)
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"this run has {', '.join(known)}"
-                raise UserError(f"--set {name}...: nothing selected is called {name!r}; {hint}")
-
-
-def wanted_by(method: Described) -> list[tuple[str, str]]:
-    """Kind and text of every method that `method` needs, detectors included."""
-    out = []
-    for need in method.needs.values():
-        out.append((PROVIDERS[need["kind"]], need["method"]))
-        if need["verdict"] is not None:
-            out.append(("inverter", need["verdict"]))
-    return out
-
-
-def _describe_needed(registry: Registry, table: _Settings, methods: Sequence[Described]) -> Needed:
-    """Everything that `methods` need, and what that needs in turn."""
-    found: dict[tuple[str, str], Described] = {}
-    waiting = list(methods)
-    while waiting:
-        asked = sorted({item for method in waiting for item in wanted_by(method)} - set(found))
-        chosen = [params.selection(text) for _, text in asked]
-        for (kind, _), selection in zip(asked, chosen, strict=True):
-            if kind != "recipe":
-                registry.find(kind, selection.name)  # type: ignore[arg-type]
-        waiting = registry.describe(
-            [Wanted(kind, s, table.of(s)) for (kind, _), s in zip(asked, chosen, strict=True)]  # type: ignore[arg-type]
-        )
-        found.update(zip(asked, waiting, strict=True))
-    return found
-
-
 def _needs_of(
-    registry: Registry, table: _Settings, methods: Sequence[Described], untyped: frozenset[str]
+    registry: Registry, table: Table, methods: Sequence[Described], untyped: frozenset[str]
 ) -> tuple[list[Described], Needed]:
     """`methods` and everything that they need; one that nobody typed and whose needs cannot be met is broken."""
     sound = [method for method in methods if not method.problem]
     try:
-        return list(methods), _describe_needed(registry, table, sound)
+        return list(methods), describe_needed(registry, table, sound)
     except BbmclError:  # whose?
 
         def met(method: Described) -> Described:
-            _describe_needed(registry, table, [method])
+            describe_needed(registry, table, [method])
             return method
 
         checked = [_contained(method, untyped, met) for method in methods]
-        return checked, _describe_needed(registry, table, [method for method in checked if not method.problem])
+        return checked, describe_needed(registry, table, [method for method in checked if not method.problem])
 
 
 def _contained(method: Described, untyped: frozenset[str], check: Callable[[Described], Described]) -> Described:
@@ -267,64 +214,9 @@ def _contained(method: Described, untyped: frozenset[str], check: Callable[[Desc
         return method.broken(str(error))
 
 
-def _told(method: Described, needed: Needed, above: tuple[str, ...] = ()) -> frozenset[str]:
-    """What a method gets to know itself and by way of the stages that it needs; raises PluginError where they circle.
-
-    A label that a detector named is no knowledge of the target: it may be wrong.
-    """
-    me = f"{method.kind} {method.label}"
-    if me in above:
-        raise PluginError(f"{me} needs itself, by way of {' and '.join(above)}")
-    told = set(method.knows)
-    for need in method.needs.values():
-        source = needed[PROVIDERS[need["kind"]], need["method"]]
-        other = _told(source, needed, (*above, me))
-        detector = need["method"] if need["kind"] == "verdict" else need["verdict"]
-        if detector is None:
-            told |= other
-            continue
-        _check_detector(needed["inverter", detector])
-        if "trigger" in other:
-            raise UserError(
-                f"{method.label}: {source.label} is told the trigger, and with it the target label, which no detector "
-                "has to find then; use target=given, or another inverter"
-            )
-        told |= other - {"target"}
-    return frozenset(told)
-
-
-def _check_detector(detector: Described) -> None:
-    """Raises UserError where a method that should name the target label is no detector, or would have to be told."""
-    if not detector.detects:
-        raise UserError(f"detector {detector.label!r} names no target label; choose one that does, such as nc-full")
-    if detector.needs or set(detector.knows) - {"target"}:
-        raise UserError(f"detector {detector.label!r} has needs or must be told more, which no detector is granted")
-
-
-def labels_used(method: Described, needed: Needed) -> bool:
-    """Whether a defense, or one whose result it needs, reads the labels of the clean images."""
-    others = [needed["defense", need["method"]] for need in method.needs.values() if need["kind"] == "result"]
-    return bool(method.uses_labels) or any(labels_used(other, needed) for other in others)
-
-
-def check_declarations(defense: Described, offer: Offer) -> None:
-    """What a table shows of a method's knowledge must be all of it. Raises PluginError."""
-    undeclared = sorted(set(defense.knows) - set(offer.entry.may_know))
-    if undeclared:  # `--defenses all` goes by the entry
-        raise PluginError(
-            f"plugin {offer.plugin.id}: {defense.label} is told {', '.join(undeclared)}, which its Entry does not list "
-            f"in may_know={offer.entry.may_know!r}"
-        )
-    if "target" in set(defense.told) - set(defense.knows):  # a trigger fitted to the target gives it away
-        raise PluginError(
-            f"plugin {offer.plugin.id}: {defense.label} needs {', '.join(sorted(defense.needs))}, which tells it the "
-            "target label; add 'target' to its `knows`"
-        )
-
-
 def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Request:
     """Everything that `options` asks for, checked. Raises UserError with one line for the first thing that is wrong."""
-    preset = _one_of("--preset", options.preset, presets.PRESETS)
+    preset = one_of("--preset", options.preset, presets.PRESETS)
     if options.retune and not 10 <= options.retune <= 50:
         raise UserError(f"--retune {options.retune}: expected 10 to 50 triggered images, or 0 for no re-tuning")
     seeds, defense_seeds = cells.seeds(options.seeds), cells.seeds(options.defense_seeds)
@@ -350,9 +242,9 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     said = presets.settings(preset, "full", dataset_selection.name)  # type: ignore[arg-type]
     own = {**said.get(dataset_selection.name, {}), **own}
     dataset = registry.describe([Wanted("dataset", dataset_selection, own)])[0]
-    budget = _one_of("--budget", options.budget or dataset.budget, presets.BUDGETS)
+    budget = one_of("--budget", options.budget or dataset.budget, presets.BUDGETS)
     base = presets.settings(preset, budget, dataset_selection.name)  # type: ignore[arg-type]
-    table = _Settings(base, overrides)
+    table = Table(base, overrides)
     table.seen |= {dataset_selection.name}
 
     recipes = [Selection("train", "train"), Selection("defend", "defend")]
@@ -371,7 +263,7 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
     table.check()
 
     def told(defense: Described) -> Described:
-        full = replace(defense, told=tuple(sorted(_told(defense, needed))))
+        full = replace(defense, told=tuple(sorted(told_by(defense, needed))))
         check_declarations(full, registry.find("defense", full.full_name))
         return full
 
@@ -403,6 +295,5 @@ def resolve(options: Options, registry: Registry, prepare: PrepareData) -> Reque
 
 
 __all__ = [
-    "BEFORE", "CONTROL", "NOTHING", "PROVIDERS", "Needed", "Options", "Request", "labels_used", "resolve",
-    "resolve_device", "resolve_precision", "wanted_by",
+    "BEFORE", "CONTROL", "NOTHING", "Options", "Request", "resolve", "resolve_device", "resolve_precision",
 ]  # fmt: skip

@@ -24,11 +24,12 @@ from backdoorbench_mcl.engines.local import Finished, Local
 from backdoorbench_mcl.errors import NotApplicable, PluginError, UserError
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.matrix import Matrix
+from backdoorbench_mcl.needed import check_declarations
 from backdoorbench_mcl.plan import Plan
 from backdoorbench_mcl.plugins import Offer
 from backdoorbench_mcl.progress import Progress
 from backdoorbench_mcl.registry import Described
-from backdoorbench_mcl.request import Request, check_declarations
+from backdoorbench_mcl.request import Request
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
