@@ -1,4 +1,4 @@
-"""Helpers for authors of methods: augmentation, the SGD loop, predictions, frozen copies.
+"""Helpers for authors of methods: augmentation, the SGD loop, predictions, frozen copies, networks of others.
 
 Plugins import `hooks`, `api` and `kit` only. Everything here works on the device of the images it is given, draws
 from the generator it is handed and keeps pixels in [0, 1].
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe, Snapshot
 from .errors import Diverged, UserError
 from .plainfiles import read_plain
+from .traced import Traced
 
 _MODEL = "model."
 _MOMENTUM = "momentum."
@@ -352,4 +353,6 @@ def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor)
     return out.index_fill(1, channels.to(out.device), 0)
 
 
-__all__ = ["at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "read_file", "share"]
+__all__ = [
+    "Traced", "at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "read_file", "share",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """torchvision:NAME and timm:NAME: the classification networks of two libraries, untrained, by their names there.
 
 `torchvision:resnet50`, `timm:resnet18d`. Weights are random, drawn as the library draws them; nothing is downloaded.
-Embedding, head and stages are found by watching one forward pass (traced.py), so that every network that ends in a
+Embedding, head and stages are found by watching one forward pass (`kit.Traced`), so that every network that ends in a
 linear layer will do; one without stages (a vision transformer) is n/a for methods that compare maps, such as nad.
 State-dict names are the library's.
 
@@ -27,8 +27,9 @@ import torchvision.models
 from torch import nn
 
 from backdoorbench_mcl.api import Classifier, Model, UserError
+from backdoorbench_mcl.kit import Traced
 
-from .traced import Shape, Traced
+Shape = tuple[int, int, int]
 
 # what libraries raise for an image that is too small, or of a number of channels or a shape that does not fit
 UNFIT = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)

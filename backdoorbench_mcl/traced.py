@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from backdoorbench_mcl.api import Classifier, PluginError, UserError
+from .api import Classifier
+from .errors import PluginError, UserError
 
 PROBE = 2  # images
 STAGES = 4
@@ -192,11 +193,15 @@ def anatomy(net: nn.Module, shape: Shape, label: str) -> Anatomy:
 
 
 class Traced(Classifier):
-    """`net` with pixels in [0, 1] as input, its embedding and its stages.
+    """`net` with pixels in [0, 1] as input, its embedding and its stages. shape: (C, H, W) of an image; label: how
+    messages call the network.
 
     State-dict names are those of `net`; `named_parameters` puts `net.` before them. While `features` runs, hooks on
     the modules found collect what they return: none outlives the call, so that copies are independent, but two
-    threads must not share one object. Outputs besides the logits (auxiliary classifiers) are ignored.
+    threads must not share one object. Outputs besides the logits (auxiliary classifiers) are ignored. Raises UserError
+    where `net` does not end in a linear layer on a vector.
+
+    Example (the `build` of a Model): `return Traced(MyNet(classes), shape, "mynet")`
     """
 
     def __init__(self, net: nn.Module, shape: Shape, label: str) -> None:
