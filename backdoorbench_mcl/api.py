@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import AccessDenied, Diverged, NotApplicable, PluginError, UserError
+from .errors import AccessDenied, Diverged, MixedSizes, NotApplicable, PluginError, UserError
 from .images import Augment, Batch, Images, joins
 from .method import Count, Ge, Gt, Interval, Knowledge, Label, Le, Lt, Method, NonNegative, Positive, Rate, Selector
 from .rows import Row
@@ -111,6 +111,18 @@ class Source(NamedTuple):
     note: str
 
 
+class Pool(NamedTuple):
+    """Images without a split. images: labels all -1 where there are none; names: of the classes, by label, None where
+    labels are mere numbers or absent; note: as of `Source`; native: (height, width) before any resizing, None where
+    they differed.
+    """
+
+    images: Images
+    names: tuple[str, ...] | None
+    note: str
+    native: tuple[int, int] | None
+
+
 class Dataset(Method):
     """Labelled train and test images. The harness caches what `load` returns, sorted by pixel hash.
 
@@ -132,6 +144,17 @@ class Dataset(Method):
     @abstractmethod
     def load(self, split: Literal["train", "test"], root: Path | None) -> Images:
         """All images of a split, on the CPU. Raises UserError for missing or corrupt data, naming the file."""
+
+    def pool(self, root: Path | None, draw: Callable[[int], Tensor] | None = None) -> Pool:
+        """Images without a split, for `bbmcl scan`; most data sets have none and leave this out.
+
+        draw(count): which of `count` images to read, int64, so that a few hundred of many take seconds; all by
+        default. Their order is free. Raises UserError as `load`, and MixedSizes where sizes differ and no parameter
+        `size` was given: the harness may then set it.
+        """
+        raise UserError(
+            f"{self.name} has a training and a test split; give it by its name and a rate, as in {self.name}@0.05"
+        )
 
 
 class Recipe(Method):
@@ -452,7 +475,8 @@ class Defense(Method):
 __all__ = [
     "AccessDenied", "Attack", "AttackContext", "Augment", "Augmentation", "Batch", "Classifier", "Context", "Count",
     "Dataset", "Defense", "DefenseContext", "Diverged", "Ge", "Goal", "Granted", "Gt", "Images", "Interval",
-    "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Location", "Lt", "MaskPattern", "Method", "Model",
-    "Need", "NonNegative", "NotApplicable", "Out", "PluginError", "Poisoned", "Positive", "Rate", "Recipe", "Repaired",
-    "Row", "Selector", "Snapshot", "Source", "State", "Trigger", "TrueTrigger", "UserError", "Verdict",
+    "Inverter", "InverterContext", "Knowledge", "Label", "Le", "Location", "Lt", "MaskPattern", "Method",
+    "MixedSizes", "Model", "Need", "NonNegative", "NotApplicable", "Out", "PluginError", "Poisoned", "Pool", "Positive",
+    "Rate", "Recipe", "Repaired", "Row", "Selector", "Snapshot", "Source", "State", "Trigger", "TrueTrigger",
+    "UserError", "Verdict",
 ]  # fmt: skip

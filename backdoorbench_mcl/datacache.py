@@ -235,7 +235,7 @@ def receive(cache: Path, name: str, files: Mapping[str, Iterable[bytes]]) -> Pat
 
 def _store(dataset: Dataset, split: Split, root: Path | None, folder: Path, cache: Path) -> Part:
     """Load one split and write it in sorted order; returns sorted digests (N, 32) and labels (N,)."""
-    with _scratch(folder):
+    with scratch(folder):
         images = dataset.load(split, root)
     x: npt.NDArray[np.uint8] = np.asarray(images.x)
     y: npt.NDArray[np.int64] = np.asarray(images.y)
@@ -332,7 +332,7 @@ def _sweep(arrays: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[None]:
+def scratch(folder: Path) -> Iterator[None]:
     """Temporary files go to `folder`: decoded images may take as much room as the arrays, and /tmp may be memory."""
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     try:
@@ -477,5 +477,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 __all__ = [
     "FILES", "SPLITS", "DataInfo", "Split", "check", "content_hash", "digests", "entries", "intact", "lookup",
-    "open_split", "order", "prepare", "receive",
+    "open_split", "order", "prepare", "receive", "scratch",
 ]  # fmt: skip

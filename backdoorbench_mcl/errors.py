@@ -11,6 +11,10 @@ class UserError(BbmclError):
     """The request cannot be carried out as given: printed as one line, exit status 2, no traceback."""
 
 
+class MixedSizes(UserError):
+    """Images that are to make one array differ in size: who knows a size asks again with it."""
+
+
 class PluginError(BbmclError):
     """A plugin broke the contract of `api` or `hooks`; the message names the plugin and the way out."""
 

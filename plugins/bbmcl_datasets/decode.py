@@ -5,6 +5,7 @@ between a model trained on lossless CIFAR-10 and the same images after JPEG, so 
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import threading
 from collections import Counter
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from backdoorbench_mcl.api import UserError
+from backdoorbench_mcl.api import MixedSizes, UserError
 
 FORMATS = ("PNG", "JPEG", "PPM", "BMP")  # a short list: every further decoder is attack surface
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp"})
@@ -119,7 +120,7 @@ def stack(
     Returns uint8 (M, 3, H, W) and bool (N,), M of its N values true. keep(image) decides; by default all are kept.
     The images are decoded by a few threads and go straight to a nameless temporary file, of which the result is a
     private map: a split need not fit into memory. Plain writes: a full disk is an error here, not a SIGBUS.
-    Raises UserError naming the image that is corrupt or differs in size from the first.
+    Raises UserError naming the image that is corrupt, MixedSizes naming one that differs in size from the first.
     """
     shape: tuple[int, ...] | None = None
     kept: list[bool] = []
@@ -136,7 +137,7 @@ def stack(
                 image = decoded[i % 4][i // 4]
                 shape = image.shape if shape is None else shape
                 if image.shape != shape:
-                    raise UserError(
+                    raise MixedSizes(
                         f"{where}: {image.shape[2]}x{image.shape[1]} pixels, but the first image has "
                         f"{shape[2]}x{shape[1]}; give size=N to resize all images to NxN"
                     )
@@ -174,6 +175,28 @@ def _write(file: IO[bytes], image: Pixels | None) -> None:
         ) from error
 
 
+def pooled(blobs: Iterable[tuple[str, bytes]], size: int | None) -> tuple[Pixels, str, tuple[int, int] | None]:
+    """Encoded images without a split -> uint8 (N, 3, H, W), the note, and the (height, width) that all had before they
+    were resized to size x size, None where they differed. Raises as `stack`.
+    """
+    heads: list[bytes] = []
+    sizes: set[tuple[int, int]] = set()
+    resize = whole_if(size)
+
+    def noted() -> Iterator[tuple[str, bytes]]:
+        for where, data in blobs:
+            heads.append(data[:3])
+            yield where, data
+
+    def shape(image: Image.Image) -> Image.Image:
+        sizes.add((image.height, image.width))
+        return image if resize is None else resize(image)
+
+    x, _ = stack(noted(), shape)
+    about = note(heads) if size is None else f"{note(heads)}, resized to {size}x{size}"
+    return x, about, next(iter(sizes)) if len(sizes) == 1 else None
+
+
 def statistics(x: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """uint8 (N, C, H, W) -> mean and standard deviation per channel over all pixels in [0, 1], to 4 decimals.
 
@@ -192,22 +215,36 @@ def statistics(x: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(round(float(m), 4) for m in mean), tuple(round(max(float(s), 1 / 255), 4) for s in std)
 
 
-def locate(name: str, path: str, root: Path | None) -> Path:
+def locate(name: str, path: str, root: Path | None, *, file: bool = False) -> Path:
     """A PATH argument -> an absolute folder: below the data root if it exists there, else from the working directory.
 
-    Raises UserError that says where it was looked for.
+    file: a file will do as well. Raises UserError that says where it was looked for.
     """
     given = Path(path).expanduser()
     tried = (
         [Path.cwd() / given] if root is None or given.is_absolute() else [root.absolute() / given, Path.cwd() / given]
     )
     for folder in tried:
-        if folder.is_dir():
+        if folder.is_dir() or (file and folder.is_file()):
             return folder
+    kind = "file or folder" if file else "folder"
     raise UserError(
-        f"{name}:{path}: no such folder; looked for {' and '.join(str(folder) for folder in tried)}; "
-        f"give an existing folder, absolute or relative to --data-root (BBMCL_DATA) or the working directory"
+        f"{name}:{path}: no such {kind}; looked for {' and '.join(str(folder) for folder in tried)}; "
+        f"give an existing {kind}, absolute or relative to --data-root (BBMCL_DATA) or the working directory"
     )
+
+
+def stay_inside(folder: Path, paths: Iterable[Path]) -> None:
+    """Raise UserError where one of `paths` is a link that leads out of `folder`, which alone the user has named: a
+    confined process cannot follow it, and any other should not.
+    """
+    home = os.path.realpath(folder)
+    for path in paths:
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+            raise UserError(
+                f"{path}: is a link that leads out of {folder}, which is not followed; put the file itself there, or "
+                "name what the link leads to"
+            )
 
 
 def argument(name: str, text: str) -> dict[str, str]:

@@ -6,13 +6,15 @@ latter case an image goes to the test set when its pixel digest, read as a fract
 later move no other one. Labels count the class folders of `train` in order of their names, in order of their value
 when all names are numbers. Not read: sub-folders of a class, hidden files, files without an image suffix.
 
+Without a split, as clean images for `bbmcl scan`, `PATH/CLASS/*` and plain `PATH/*` do: see `Folder.pool`.
+
 Paper: none. Differs: nothing to differ from. Should reach: no number, the images are yours.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,10 +22,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Source, UserError
+from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Pool, Source, UserError
 from backdoorbench_mcl.kit import read_file
 
-from .decode import MAX_BYTES, MAX_CLASSES, SUFFIXES, argument, decode, locate, note, stack, statistics, whole_if
+from .decode import (
+    MAX_BYTES,
+    MAX_CLASSES,
+    SUFFIXES,
+    argument,
+    decode,
+    locate,
+    note,
+    pooled,
+    stack,
+    statistics,
+    stay_inside,
+    whole_if,
+)
 
 TEST_NAMES = ("test", "val", "validation")
 
@@ -43,9 +58,14 @@ def class_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name) if numbers else 0, path.name))
 
 
+def images_of(folder: Path) -> list[Path]:
+    """The image files of a folder, by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
 def images_in(folder: Path) -> list[Path]:
     """The image files of a class folder, by name; UserError where there are none."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = images_of(folder)
     if not found:
         raise UserError(f"{folder}: no image in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
     return found
@@ -68,6 +88,42 @@ def listing(folder: Path, names: Sequence[str]) -> Listing:
         files.extend(inside)
         labels.extend([label_of[path.name]] * len(inside))
     return Listing(tuple(files), tuple(labels), (folder, *folders))
+
+
+def loose(folder: Path) -> tuple[Listing, tuple[str, ...] | None]:
+    """The images of a folder without splits, labels -1 where they lie in it and not in class folders; and the names of
+    the classes, None where there are none or where all are numbers, which are then the labels themselves.
+
+    Raises UserError for a folder that holds both, splits, nothing, or a link that leads out of it.
+    """
+    inside = class_folders(folder)
+    names = [path.name for path in inside]
+    files = [path for path in images_of(folder) if path.name not in names]  # a folder may be called x.png
+    splits = [name for name in ("train", *TEST_NAMES) if name in names]
+    if splits and ((splits[0] == "train" and len(splits) > 1) or len(splits) == len(names)):
+        raise UserError(f"{folder}: is split into {', '.join(splits)}; name one of them, as in {folder / splits[0]}")
+    if files and inside:
+        raise UserError(
+            f"{folder}: holds images and folders ({files[0].name}, {names[0]}/); expected images alone, which have no "
+            "label, or a folder for each class; move one or the other"
+        )
+    if len(inside) > MAX_CLASSES:
+        raise UserError(f"{folder}: holds {len(inside):,} class folders, expected at most {MAX_CLASSES:,}")
+    stay_inside(folder, [*inside, *files])
+    if not inside:
+        files = images_in(folder)
+        return Listing(tuple(files), (-1,) * len(files), (folder,)), None
+    found = listing(folder, names)
+    stay_inside(folder, found.files)
+    if not all(name.isdecimal() for name in names):
+        return found, tuple(names)
+    numbers = [int(name) for name in names]
+    if len(set(numbers)) < len(numbers) or max(numbers) >= MAX_CLASSES:
+        raise UserError(
+            f"{folder}: its class folders are numbers up to {names[-1]}, that is labels; expected each once, from 0 to "
+            f"{MAX_CLASSES - 1}"
+        )
+    return found._replace(labels=tuple(numbers[label] for label in found.labels)), None
 
 
 def read(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
@@ -173,3 +229,18 @@ class Folder(Dataset):
                     f"{first.shape[2]}x{first.shape[1]}; give size=N to resize all images to NxN"
                 )
         return Images(torch.from_numpy(x), torch.from_numpy(y))
+
+    def pool(self, root: Path | None, draw: Callable[[int], torch.Tensor] | None = None) -> Pool:
+        """`PATH/IMAGE`, without labels, or `PATH/CLASS/IMAGE`; class folders that are all numbers are the labels, as 3
+        and 7. No link is followed that leads out of PATH.
+        """
+        folder = locate(self.name, self.path, root)
+        try:
+            found, names = loose(folder)
+        except OSError as error:
+            raise UserError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
+        count = len(found.files)
+        chosen = range(count) if draw is None else draw(count).tolist()
+        x, about, native = pooled(read([found.files[i] for i in chosen]), self.size)
+        y = torch.tensor([found.labels[i] for i in chosen], dtype=torch.int64)
+        return Pool(Images(torch.from_numpy(x), y), names, about, native)

@@ -4,6 +4,8 @@ PATH holds `train-*.parquet` (or `train.parquet`) and the same for `test`, else 
 `image`, as {bytes, path} or plain bytes, and `label` or `fine_label`, integers. Class names may stand in the schema
 metadata under `huggingface`; without them the classes are 0 .. highest label of both splits.
 
+Without a split, as clean images for `bbmcl scan`, any Parquet files do, labelled or not: see `Parquet.pool`.
+
 Paper: none. Differs: nothing to differ from. Should reach: no number, the images are yours.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,14 +23,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from backdoorbench_mcl.api import Count, Dataset, Images, Source, UserError
+from backdoorbench_mcl.api import Count, Dataset, Images, Pool, Source, UserError
 
-from .decode import MAX_BYTES, MAX_CLASSES, argument, decode, locate, note, stack, statistics, whole_if
+from .decode import (
+    MAX_BYTES,
+    MAX_CLASSES,
+    argument,
+    decode,
+    locate,
+    note,
+    pooled,
+    stack,
+    statistics,
+    stay_inside,
+    whole_if,
+)
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
 TEST_NAMES = ("test", "val", "validation")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
+MAX_ROWS = 1 << 24  # of a pool, drawn from by an index of 8 bytes each: a file of 1 kB may claim any number
 _ROWS = 256  # rows turned into Python objects at a time
 _IMAGES = 2  # the same of images: a file of 1 kB may say "these 20 MB" two thousand times
 
@@ -67,14 +82,23 @@ def _shards(folder: Path, name: str) -> tuple[Path, ...]:
 
 def columns(path: Path) -> tuple[str, str]:
     """Names of the image and label columns of a file; UserError where they are not there."""
+    image, label = image_and_label(path)
+    if label is None:
+        raise _foreign(path, "one of img, image and one of label, fine_label")
+    return image, label
+
+
+def image_and_label(path: Path) -> tuple[str, str | None]:
+    """The same, None where the images have no label."""
     names = _open(path).schema_arrow.names
     image = next((name for name in IMAGE_COLUMNS if name in names), None)
-    label = next((name for name in LABEL_COLUMNS if name in names), None)
-    if image is None or label is None:
-        raise UserError(
-            f"{path}: has the columns {', '.join(names)}; expected one of img, image and one of label, fine_label"
-        )
-    return image, label
+    if image is None:
+        raise _foreign(path, "one of img, image and, where images have labels, one of label, fine_label")
+    return image, next((name for name in LABEL_COLUMNS if name in names), None)
+
+
+def _foreign(path: Path, expected: str) -> UserError:
+    return UserError(f"{path}: has the columns {', '.join(_open(path).schema_arrow.names)}; expected {expected}")
 
 
 def _open(path: Path) -> Any:
@@ -150,6 +174,58 @@ def source(files: Files, folder: Path) -> Source:
     return Source((folder, *every), note(data[:3] for _, data in blobs(every)))
 
 
+def pool_files(path: Path) -> tuple[Path, ...]:
+    """A Parquet file, or all that a folder holds, whatever their names, by name.
+
+    Raises UserError where there are none, their columns differ, or one is a link that leads out of the folder.
+    """
+    if not path.is_dir():
+        return (path,)
+    try:
+        found = [p for p in path.iterdir() if p.suffix.lower() == ".parquet" and not p.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    files = tuple(sorted(found))
+    if not files:
+        raise UserError(f"{path}: no Parquet file in it; expected files ending in .parquet")
+    stay_inside(path, files)
+    first = image_and_label(files[0])
+    for file in files[1:]:
+        if (own := image_and_label(file)) != first:
+            raise UserError(
+                f"{path}: {files[0].name} has the columns {_spelt(first)}, {file.name} has {_spelt(own)}; expected the "
+                "same in all, or name one file"
+            )
+    return files
+
+
+def _spelt(found: tuple[str, str | None]) -> str:
+    return f"{found[0]} and {found[1] or 'no label'}"
+
+
+def pool_labels(files: Sequence[Path]) -> npt.NDArray[np.int64] | None:
+    """The labels of some files, int64 (N,); None where they have none, or nothing or -1 in every row, as the unlabelled
+    test sets of the Hub do. Raises UserError as `labels`.
+    """
+    column = image_and_label(files[0])[1]
+    if column is None or all(v is None or v == -1 for path in files for (v,) in rows(path, [column])):
+        return None
+    return labels(files)
+
+
+def _picked(files: Sequence[Path], wanted: Collection[int]) -> Iterator[tuple[str, bytes]]:
+    """The encoded images in some rows, counted through all files, in the order of the rows; the last ends it."""
+    start, left = 0, len(wanted)
+    for path in files:
+        for row, (value,) in enumerate(rows(path, image_and_label(path)[:1])):
+            if start + row in wanted:
+                yield f"{path}, row {row}", _bytes(value, path, row)
+                left -= 1
+                if not left:
+                    return
+        start += _open(path).metadata.num_rows
+
+
 def load_split(files: Sequence[Path], size: int | None) -> Images:
     """One split: uint8 (N, 3, H, W) and int64 (N,)."""
     y = labels(files)
@@ -215,3 +291,21 @@ class Parquet(Dataset):
                 f"{self.name}:{self.path}: training images have {first.shape[2]}x{first.shape[1]} pixels, test images "
                 f"{images.x.shape[3]}x{images.x.shape[2]}; give size=N to resize all images to NxN"
             )
+
+    def pool(self, root: Path | None, draw: Callable[[int], torch.Tensor] | None = None) -> Pool:
+        """PATH is a Parquet file, or a folder whose Parquet files are read together; the label column may be absent. No
+        link is followed that leads out of the folder.
+        """
+        files = pool_files(locate(self.name, self.path, root, file=True))
+        count = sum(_open(path).metadata.num_rows for path in files)
+        if not 0 < count <= MAX_ROWS:
+            raise UserError(f"{files[0]}: {count:,} rows in all, expected at least 1 and at most {MAX_ROWS:,}")
+        y = pool_labels(files)
+        names = None if y is None else class_names(files[0])
+        if y is not None and names is not None and y.max() >= len(names):
+            raise UserError(f"{files[0]}: names {len(names)} classes, but there is a label {y.max()}")
+        chosen = np.arange(count) if draw is None else np.sort(draw(count).numpy())
+        x, about, native = pooled(_picked(files, set(chosen.tolist())), self.size)
+        labelled = np.full(len(chosen), -1, np.int64) if y is None else y[chosen]
+        images = Images(torch.from_numpy(x), torch.from_numpy(labelled))
+        return Pool(images, None if names is None else tuple(names), about, native)
