@@ -29,6 +29,7 @@ from .errors import UserError
 from .plainfiles import PlainFile
 from .statedicts import DTYPES, check, made, plan, shown, unprefixed, within
 from .text import one_line
+from .traced import Traced
 
 LIMIT = 4 << 30  # bytes of tensors: the largest networks for images have about 3 GB
 MAX_PICKLE = 64 << 20  # bytes of what is no tensor
@@ -273,11 +274,13 @@ def fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = model.state_dict()
     lines = mismatches(expected, tensors)
     if lines:
+        name = model.label if isinstance(model, Traced) else type(model).__name__
         raise UserError(
-            f"the weights do not fit {type(model).__name__} ({len(tensors)} tensors were given, {len(expected)} "
+            f"the weights do not fit {name} ({len(tensors)} tensors were given, {len(expected)} "
             f"expected): {'; '.join(lines)}; choose the model, its number of classes and its image size accordingly"
         )
-    model.load_state_dict(dict(tensors))
+    counters = {name: tensor for name, tensor in expected.items() if name not in tensors}
+    model.load_state_dict({**counters, **tensors})
 
 
 __all__ = ["LIMIT", "Checkpoint", "fit", "mismatches", "read"]

@@ -1,7 +1,8 @@
-"""The jobs that run in children: those of `victims`, `inversions` and `probes`, defend, predict, data.
+"""The jobs that run in children: of `victims`, `inversions`, `probes`, `handed`, `pooling`; defend, predict, data.
 
 A job is a folder: `spec.json` and `in/` before, `out/` and `result.json` after. It reads nothing else, but for the
-prepared data set that the attacker's jobs are pointed to, and is pure: equal folders give equal `out/`.
+prepared data set that the attacker's jobs are pointed to and the images of which `pool` makes a copy, and is pure:
+equal folders give equal `out/`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from . import api, datacache, globalstate, kit, memory
+from . import api, datacache, globalstate, kit, memory, nearby
+from .comparing import compare
 from .confine import confine, interpreter_paths, watch
 from .describe import jsonable
-from .engines.base import named
+from .engines.base import functions, named
 from .errors import BbmclError, Diverged, NotApplicable, PluginError
+from .handed import look, open_
 from .inversions import invert, verdict
 from .job import Job, Tick, require_finite, weights_of
+from .pooling import pool
 from .probes import embed, retune
 from .text import one_line, raised_at
 from .victims import surrogate, suspect, train, trial
@@ -126,11 +130,15 @@ BODIES: Mapping[str, Callable[[Job], None]] = {
     "retune": retune,
     "predict": predict,
     "embed": embed,
+    "compare": compare,
+    "open": open_,
+    "look": look,
     "data": data,
+    "pool": pool,
 }
 
 # Networks ask for the same maps batch after batch. Jobs that go over whole data sets give back what they free.
-_LOOPS = {"surrogate", "train", "verdict", "invert", "defend", "retune", "predict", "embed"}
+_LOOPS = {"surrogate", "train", "verdict", "invert", "defend", "retune", "predict", "embed", "compare"}
 
 
 # ---------------------------------------------------------------- running one
@@ -155,10 +163,11 @@ def _settle(job: Job) -> tuple[str, list[str]]:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         torch.use_deterministic_algorithms(True)
+    own = [path for where in functions(spec) for path in nearby.reach(where.partition(":")[0], Path.cwd())]
     if spec["isolation"] == "inline" or spec["job"] == "data":
         return str(spec["isolation"]), []
     plugins = sorted({where.partition(":")[0] for where in named(spec)})
-    read = [*interpreter_paths(plugins), *(Path(path) for path in spec["readable"])]
+    read = [*interpreter_paths(plugins), *own, *(Path(path) for path in spec["readable"])]
     snapshot = Path(spec["snapshot"])
     snapshot.mkdir(parents=True, exist_ok=True)
     write = [job.folder, snapshot]
@@ -187,14 +196,15 @@ def _reason(error: BaseException) -> tuple[str, str]:
     return "failed", f"{raised}: {first[0]}" if first else raised
 
 
-def run(folder: Path, tick: Tick, settled: Callable[[], None]) -> None:
+def run(folder: Path, tick: Tick, settled: Callable[[], None], make: Callable[[Path, Any, Tick], Job] = Job) -> None:
     """Run the job in `folder` in this process, whatever happens leaving `result.json` there.
 
-    `settled` is called once the process is confined, which has to happen before any thread is started.
+    `settled` is called once the process is confined, which has to happen before any thread is started. make: the job
+    of folder, spec and tick.
     """
     started = time.perf_counter()
     spec = json.loads((folder / "spec.json").read_text())
-    job = Job(folder, spec, tick)
+    job = make(folder, spec, tick)
     result: dict[str, Any] = {"state": "ok", "reason": "", "isolation": spec["isolation"]}
     strays: list[str] = []
     before: dict[str, Any] = {}

@@ -283,7 +283,7 @@ class Matrix(Scoring):
 
     def _finished(self, job: _Job, event: Finished, wall: float) -> Stage:
         node, common, result, made = job.node, self.grants.common, event.result, event.made
-        packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()}
+        packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()} - {""}
         numerics = {
             "device": job.place[0],
             "precision": common["precision"],

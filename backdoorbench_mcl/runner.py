@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +12,9 @@ from typing import Any, TextIO, get_args
 from . import artefacts, cells, confine, costs, datacache, params, plan, plugins, presets, provenance, request
 from .agenda import Agenda
 from .engines import ray
-from .engines.base import Engine, Finished, Isolation
+from .engines.base import Engine, Isolation
 from .engines.local import Local
+from .engines.single import run_one
 from .errors import UserError
 from .grant import Grants
 from .matrix import Matrix
@@ -133,24 +131,12 @@ def prepare_data(registry: Registry, cache: Path) -> request.PrepareData:
 
 
 def _prepare(dataset: Described, root: Path | None, key: str, cache: Path) -> datacache.DataInfo:
-    folder = Path(tempfile.mkdtemp(prefix="bbmcl-data-"))
-    try:
-        spec = {
-            "job": "data", "device": "cpu", "precision": "fp32", "threads": 1, "isolation": "process",
-            "seeds": {"init": 0}, "dataset": dataset.spec, "cache": str(cache), "key": key,
-            "root": None if root is None else str(root),
-        }  # fmt: skip
-        (folder / "spec.json").write_text(json.dumps(spec))
-        with Local(1) as engine:
-            engine.start(folder)
-            while True:
-                for event in engine.events():
-                    if isinstance(event, Finished):
-                        if event.state != "ok":
-                            raise UserError(f"data set {dataset.label}: {event.reason}")
-                        return datacache.DataInfo.from_dict(artefacts.read_meta(folder / "out"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    spec = {
+        "job": "data", "isolation": "process", "dataset": dataset.spec, "cache": str(cache), "key": key,
+        "root": None if root is None else str(root),
+    }  # fmt: skip
+    with run_one(spec, about=f"data set {dataset.label}: ") as out:
+        return datacache.DataInfo.from_dict(artefacts.read_meta(out))
 
 
 def check_data(text: str, root: Path | None) -> list[str]:

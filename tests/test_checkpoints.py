@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from backdoorbench_mcl import checkpoints, pickles
 from backdoorbench_mcl.checkpoints import fit, mismatches, read
 from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.traced import Traced
 from bbmcl_models.wrn import WRN, WideResNet
 
 LAYOUTS = ("torch", "torch, old", "safetensors")
@@ -425,3 +426,13 @@ def test_half_precision_and_missing_counters_fit() -> None:
     fit(model, given)
     assert torch.allclose(model.fc.weight, weights["fc.weight"], atol=1e-2)
     assert model.fc.weight.dtype == torch.float32
+
+
+def test_counters_may_be_missing_from_a_network_that_is_traced_too() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model = Traced(net, (3, 8, 8), "mine")
+    given = {name: tensor + 1 for name, tensor in model.state_dict().items() if "num_batches" not in name}
+    fit(model, given)
+    assert same({name: tensor for name, tensor in model.state_dict().items() if name in given}, given)
+    with pytest.raises(UserError, match=r"the weights do not fit mine \(0 tensors"):
+        fit(model, {})

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 Isolation = Literal["landlock", "process", "inline"]
 LOG = "log.txt"
 RESULT = "result.json"
+FUNCTION = "backdoorbench_mcl.functions:Function"  # the model that a function of the user's builds
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,15 @@ def named(spec: Mapping[str, Any]) -> list[str]:
     found = [str(part["target"]) for part in spec.values() if isinstance(part, dict) and "kind" in part]
     for need in spec.get("needs", {}).values():
         found += need.get("modules", [])
-    return [*found, *(how["function"] for how in spec.get("rebuild", {}).values())]
+    return [*found, *functions(spec), *(how["function"] for how in spec.get("rebuild", {}).values())]
 
 
-__all__ = ["LOG", "RESULT", "Engine", "Finished", "Isolation", "Progress", "named"]
+def functions(spec: Mapping[str, Any]) -> list[str]:
+    """The functions of the user's, as "module:name", that build networks of a job; they may lie in the working
+    directory.
+    """
+    parts = [part for part in spec.values() if isinstance(part, dict) and part.get("target") == FUNCTION]
+    return [str(part["params"]["function"]) for part in parts]
+
+
+__all__ = ["FUNCTION", "LOG", "RESULT", "Engine", "Finished", "Isolation", "Progress", "functions", "named"]
