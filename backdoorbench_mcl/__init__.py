@@ -1,6 +1,6 @@
 """Measure whether a backdoor defense works: attack x defense matrices with ASR and BA, judged by the harness.
 
-For notebooks and scripts, two functions return tidy pandas frames: `run` and `load_results`.
+For notebooks and scripts: `run` and `load_results` return tidy pandas frames; `scan` and `purify` look at one network.
 """
 
 from __future__ import annotations
@@ -8,18 +8,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .audit.live import Purified, purify, scan
+    from .audit.scan import Scan
     from .frames import load_results, run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_results", "run"]
+__all__ = ["Purified", "Scan", "__version__", "load_results", "purify", "run", "scan"]
+_HOMES = {
+    "Purified": "audit.live", "Scan": "audit.scan", "load_results": "frames", "purify": "audit.live", "run": "frames",
+    "scan": "audit.live",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`run` and `load_results` are imported when they are first asked for: pandas alone takes half a second."""
-    if name in ("load_results", "run"):
+    """What is offered is imported when it is first asked for: pandas alone takes half a second."""
+    if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.frames"), name)
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import __version__, keeping
+from . import __version__, auditing, keeping
 from .errors import BbmclError, UserError
 from .flags import (
     DEFAULT_RUNS,
@@ -372,6 +372,8 @@ def new(
     print(f"next: pip install -e '{into / f'bbmcl-{name}'}[test]' && bbmcl check {name}")
 
 
+app.command()(auditing.scan)
+app.command()(auditing.purify)
 app.command()(keeping.verify)
 app.command()(keeping.export)
 app.command(name="import")(keeping.import_)
@@ -463,7 +465,7 @@ def _run() -> int:
         return 2
     except _Stopped as stopped:
         how = "terminated" if stopped.signum == signal.SIGTERM else "stopped"
-        stores = {"matrix", "reproduce"} & set(sys.argv[1:2])
+        stores = {"matrix", "reproduce", "scan", "purify"} & set(sys.argv[1:2])
         _say(f"bbmcl: {how}" + ("; what was finished is stored, the same command goes on from there" if stores else ""))
         return 128 + stopped.signum
 

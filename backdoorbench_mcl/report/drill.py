@@ -194,7 +194,7 @@ class Drill:
 
     def _placed(self, draw: Draw, row: Row, key: str) -> list[tuple[str, int]]:
         try:
-            drawn = [(title, self.images.put(f"{key} {title}", _uri(image))) for title, image in draw(row)]
+            drawn = [(title, self.images.put(f"{key} {title}", uri(image))) for title, image in draw(row)]
         except UserError:  # gone or damaged: the page is worth more than a picture
             return []
         return [(title, place) for title, place in drawn if place is not None]
@@ -296,7 +296,7 @@ def _counts(labels: Any) -> list[tuple[int, int]]:
     return [(int(values[i]), int(counts[i])) for i in order]
 
 
-def _uri(image: gallery.Pixels) -> str:
+def uri(image: gallery.Pixels) -> str:
     """A PNG data address of (C, H, W) uint8, at most `SIDE` pixels to a side."""
     shown = gallery.picture(image)
     shown.thumbnail((SIDE, SIDE))
@@ -305,4 +305,4 @@ def _uri(image: gallery.Pixels) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-__all__ = ["ROOM", "Drill"]
+__all__ = ["ROOM", "Drill", "uri"]

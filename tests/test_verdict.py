@@ -1,0 +1,167 @@
+"""The verdict on a model: what its statistics are, and when it calls what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate
+from scipy.special import gamma
+
+from backdoorbench_mcl.audit import verdict
+from backdoorbench_mcl.audit.verdict import Sized, Standing
+from bbmcl_inverters import nc_full
+
+OTHERS = (60.0, 44.0, 62.0, 47.0, 54.0, 45.0, 54.0, 60.0, 51.0)
+SIZES = st.lists(st.floats(0.5, 500), min_size=4, max_size=30)
+
+
+def sized(*sizes: float | None, success: float = 100.0) -> Sized:
+    return Sized("patch", sizes, tuple(None if size is None else success for size in sizes))
+
+
+def standing(chance: float, label: int = 0, ratio: float = 0.2, success: float = 100.0) -> Standing:
+    return Standing("patch", label, 5.0, success, 3.0, ratio, chance)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_tail_is_the_integral_of_students_density() -> None:
+    value, others = math.log(22.0), [math.log(size) for size in OTHERS]
+    mean, n = sum(others) / 9, 9
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in others) / (n - 1))
+    t, df = (value - mean) / (deviation * math.sqrt(1 + 1 / n)), n - 1
+
+    def density(x: float) -> float:
+        scale = gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * gamma(df / 2))
+        return float(scale * (1 + x * x / df) ** (-(df + 1) / 2))
+
+    assert verdict.tail(value, others) == pytest.approx(integrate.quad(density, -np.inf, t)[0], rel=1e-6)
+
+
+def test_a_prediction_is_as_rare_as_it_says() -> None:
+    rng = np.random.Generator(np.random.PCG64(1))
+    tails = [verdict.tail(draw[0], draw[1:].tolist()) for draw in rng.normal(3, 0.4, (4000, 10))]
+    for level in (0.01, 0.1, 0.5):  # three standard errors
+        assert np.mean(np.array(tails) < level) == pytest.approx(level, abs=3 * math.sqrt(level / 4000))
+
+
+def test_the_index_is_neural_cleanses_with_a_sign() -> None:
+    assert verdict.anomaly_index((10, 50, 52, 54, 56))[0] == pytest.approx(14.16, abs=0.005)
+    sizes = (10.0, *OTHERS)
+    assert [abs(index) for index in verdict.anomaly_index(sizes)] == pytest.approx(nc_full.anomaly_index(sizes))
+    assert verdict.anomaly_index((90.0, 50.0, 52.0))[0] < 0
+
+
+@pytest.mark.parametrize(
+    "size, success, expected",
+    [(20.0, 50.0, 40.0), (20.0, 100.0, 20.0), (20.0, 0.0, 2000.0), (None, 100.0, None), (20.0, None, None),
+     (math.inf, 100.0, None), (0.0, 100.0, 1e-6)],
+)  # fmt: skip
+def test_a_trigger_that_works_on_a_part_counts_as_larger(
+    size: float | None, success: float | None, expected: float | None
+) -> None:
+    assert verdict.effective(size, success) == pytest.approx(expected) if expected else True
+    assert (verdict.effective(size, success) is None) == (expected is None)
+
+
+@given(SIZES, st.floats(0.01, 100))
+def test_the_unit_of_size_does_not_matter(sizes: list[float], factor: float) -> None:
+    one, other = (verdict.standings(sized(*(f * size for size in sizes)), 2) for f in (1, factor))
+    for a, b in zip(one, other, strict=True):
+        assert a.chance == pytest.approx(b.chance, rel=1e-3, abs=1e-9)
+        assert a.ratio == pytest.approx(b.ratio)
+
+
+@given(SIZES, st.randoms(use_true_random=False))
+def test_labels_have_no_order(sizes: list[float], random: object) -> None:
+    order = list(range(len(sizes)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    straight = verdict.standings(sized(*sizes), 1)
+    mixed = verdict.standings(sized(*(sizes[i] for i in order)), 1)
+    for place, label in enumerate(order):
+        assert mixed[place].chance == pytest.approx(straight[label].chance, rel=1e-6, abs=1e-12)
+
+
+@given(SIZES)
+def test_chances_are_probabilities_and_the_smallest_label_has_the_smallest(sizes: list[float]) -> None:
+    found = verdict.standings(sized(*sizes), 2)
+    chances = [one.chance for one in found]
+    assert all(chance is not None and 0 <= chance <= 1 for chance in chances)
+    smallest = verdict.most_suspicious(found)
+    assert smallest is not None and smallest.chance == min(chances)  # type: ignore[type-var]
+
+
+def test_searches_that_failed_are_left_out() -> None:
+    found = verdict.standings(sized(None, 10.0, *OTHERS), 1)
+    whole = verdict.standings(sized(10.0, *OTHERS), 1)
+    assert found[0].chance is None and found[0].index is None
+    assert found[1].chance == pytest.approx(whole[0].chance)
+    assert all(one.chance is None for one in verdict.standings(sized(5.0, 6.0), 1)), "one other is no sample"
+
+
+# ---------------------------------------------------------------- rulings
+
+
+def test_a_small_label_among_ten_is_an_alarm_and_an_ordinary_one_is_none() -> None:
+    found = verdict.standings(sized(22.0, *OTHERS), 2)
+    assert [one.label for one in verdict.suspects(found)] == [0]
+    assert verdict.rule(10, found, [99.0]).call == "suspicious"
+    ordinary = verdict.standings(sized(48.0, *OTHERS), 2)
+    assert verdict.suspects(ordinary) == []
+    assert verdict.rule(10, ordinary, []) == verdict.Ruling("clean", "no label stands out")
+
+
+def test_a_large_label_is_never_a_suspect() -> None:
+    assert verdict.suspects(verdict.standings(sized(4000.0, *OTHERS), 2)) == []
+
+
+def test_two_kinds_are_asked_apart_and_a_label_comes_once() -> None:
+    patch, additive = standing(0.001), Standing("additive", 0, 1.0, 100.0, 3.0, 0.3, 0.0001)
+    other = standing(0.02, label=4)
+    assert verdict.suspects([patch, other, additive]) == [additive, other]
+
+
+EVERY = [standing(1.0, label, ratio=1.0) for label in range(10)]
+
+
+@pytest.mark.parametrize(
+    "classes, found, confirmed, expected, label",
+    [
+        (10, [standing(0.001)], [99.0], "suspicious", 0),
+        (10, [standing(0.001)], [40.0], "undecided", 0),
+        (10, [standing(0.001)], [None], "undecided", 0),
+        (10, [standing(0.05)], [99.0], "undecided", 0),
+        (10, EVERY, [], "clean", None),
+        (10, [*EVERY[1:], standing(0.001, ratio=0.9)], [], "clean", None),
+        (10, [*EVERY[1:], standing(0.001, success=20.0)], [], "clean", None),
+        (10, [replace(one, success=45.0) for one in EVERY], [], "undecided", None),
+        (10, [*EVERY[1:], Standing("patch", 0, None, None, None, None, None)], [], "undecided", None),
+        (4, [standing(0.001)], [99.0], "undecided", None),
+        (10, [standing(0.001), standing(0.002, label=7)], [10.0, 99.0], "suspicious", 7),
+    ],
+)  # fmt: skip
+def test_rulings_and_the_label_that_they_rest_on(
+    classes: int, found: list[Standing], confirmed: list[float | None], expected: str, label: int | None
+) -> None:
+    ruling = verdict.rule(classes, found, confirmed)
+    assert ruling.call == expected
+    assert (None if ruling.on is None else ruling.on.label) == label
+    assert ruling.reason and "\n" not in ruling.reason
+
+
+def test_two_small_labels_that_hide_each_other_are_not_called_clean() -> None:
+    found = verdict.standings(sized(5.0, 5.5, *OTHERS[1:]), 2)
+    assert verdict.suspects(found) == []
+    ruling = verdict.rule(10, found, [])
+    assert ruling.call == "undecided" and "(0, 1)" in ruling.reason
+
+
+@pytest.mark.parametrize("value, text", [(0.00012, "8,300"), (0.5, "2"), (1e-30, "1,000,000,000"), (None, "1")])
+def test_rarity_in_words(value: float | None, text: str) -> None:
+    assert verdict.rarity(value) == f"{text} clean models"
