@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TOY = Path(__file__).parent / "toy"
 SLOW = (  # files of a minute and more, begun first, so that no worker is left alone with one at the end
     "test_reproduce.py", "test_verify.py", "test_conformance.py", "test_offenders.py", "test_html.py", "test_matrix.py",
-    "test_authoring.py", "test_kill.py", "test_needs.py", "test_docs.py",
+    "test_authoring.py", "test_kill.py", "test_needs.py", "test_docs.py", "test_scan_command.py",
 )  # fmt: skip
 pytest_plugins = ["pytester"]
 Bbmcl = Callable[..., "subprocess.CompletedProcess[str]"]
