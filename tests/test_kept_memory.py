@@ -135,7 +135,7 @@ def test_jobs_that_run_networks_flush_them(
 
 def test_a_job_in_the_callers_process_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     state: list[bool] = []
-    monkeypatch.setitem(jobs.BODIES, "predict", lambda job: state.append(_tiny() == 0))  # type: ignore[misc]
+    monkeypatch.setitem(jobs.BODIES, "predict", lambda job: state.append(_tiny() == 0))
     spec = {"job": "predict", "isolation": "inline", "threads": torch.get_num_threads(), "device": "cpu",
             "seeds": {"init": 0}}  # fmt: skip
     (tmp_path / "spec.json").write_text(json.dumps(spec))

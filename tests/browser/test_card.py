@@ -37,7 +37,7 @@ def written(folder: Path) -> Path:
     pattern = rng.random((3, 16, 16)).astype(np.float32)
     triggers = [Found(kind.name, label, size, 100.0, pattern, None if kind.name == "additive" else pattern[0])
                 for kind in KINDS for label, size in enumerate(SIZES)]  # fmt: skip
-    found = Scan("suspicious", f"because {HOSTILE}", 4, 1e-4, tuple(labels), tuple(triggers), (triggers[4],),
+    found = Scan("suspicious", f"because {HOSTILE}", 4, "patch", 1e-4, tuple(labels), tuple(triggers), (triggers[4],),
                  (HOSTILE,), 20, 3.0, names)  # fmt: skip
     told = Judgement(10, 90.0, 90.0, 80.0, (ClassAccuracy(0, 5, 100.0, 80.0),), 99.0, 1.0, 2.0)
     features: dict[str, Any] = {f"xy.{name}": rng.random((20, 2)) for name in ("before", "after")}
