@@ -27,7 +27,7 @@ autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 nitpick_ignore_regex = [
-    ("py:.*", r"(annotated_types|collections|os|pandas|pathlib|pd|pluggy|pytest|torch|typing)\..*|Path|Tensor"),
+    ("py:.*", r"(annotated_types|collections|numpy|os|pandas|pathlib|pd|pluggy|pytest|torch|typing)\..*|Path|Tensor"),
 ]
 
 html_theme = "furo"
