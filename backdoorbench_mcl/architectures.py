@@ -15,6 +15,8 @@ from .registry import Described, Registry, Wanted
 
 _NAME = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
 _FUNCTION = re.compile(rf"({_NAME}):({_NAME})", re.ASCII)
+SIZES = (32, 64, 96, 224)  # of images, that weights are tried with where none is given: the preferred one first
+LOOKED_AT = 1000  # images that tell a normalisation
 MARGIN = 3.0  # points by which one normalisation has to be better than all others
 
 
@@ -77,4 +79,4 @@ def choose(accuracy: Mapping[str, float], margin: float = MARGIN) -> str:
     )
 
 
-__all__ = ["MARGIN", "choose", "described", "distinct"]
+__all__ = ["LOOKED_AT", "MARGIN", "SIZES", "choose", "described", "distinct"]

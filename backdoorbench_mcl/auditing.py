@@ -1,10 +1,14 @@
-"""The commands for a model that somebody was handed, `scan` and `purify`. They parse, call and print, as in `cli`."""
+"""The commands for a model that somebody was handed, `scan` and `purify`. They parse, call and print, as in `cli`.
+
+Their many options are passed on by name, from the context: `_asked` and `_wishes` say which go where.
+"""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +17,9 @@ from .flags import DEFAULT_RUNS, DataRoot, Device, Isolation, Memory, Precision,
 from .text import one_line
 
 if TYPE_CHECKING:
-    from .audit.front import Front
+    from collections.abc import Mapping
+
+    from .audit.front import Front, Wishes
     from .audit.opened import Asked
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A file of weights: safetensors, or of torch.save.")]
@@ -65,11 +71,10 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def scan(
-    model: Model, arch: Arch, clean: CleanData, classes: Classes = None, entry: Entry = None, size: Size = None,
-    mean: Numbers = None, std: Numbers = None, norm: Norm = None, names: Names = None, hold_out: HoldOut = 0.2,
-    most: Most = None,
-    flip: Flip = True, seed: Seed = 0, budget: Budget = "full", set_: Set = None, device: Device = "auto",
-    precision: Precision = "auto", workers: Workers = None,
+    ctx: typer.Context, model: Model, arch: Arch, clean: CleanData, classes: Classes = None, entry: Entry = None,
+    size: Size = None, mean: Numbers = None, std: Numbers = None, norm: Norm = None, names: Names = None,
+    hold_out: HoldOut = 0.2, most: Most = None, flip: Flip = True, seed: Seed = 0, budget: Budget = "full",
+    set_: Set = None, device: Device = "auto", precision: Precision = "auto", workers: Workers = None,
     threads_per_job: ThreadsOfOne = None, timeout: Timeout = None, memory: Memory = None,
     isolation: Isolation = "auto", runs: Runs = DEFAULT_RUNS, data_root: DataRoot = None, fmt: Format = "table",
     out: Annotated[
@@ -77,35 +82,18 @@ def scan(
     ] = None,
 ) -> None:  # fmt: skip
     """Look for a backdoor in a model. Exit status: 0 clean, 3 suspicious, 4 undecided, 2 wrong usage."""
-    from .audit import front
+    from .audit.front import Front
 
-    asked = _asked(
-        model, arch, clean, entry, classes, size, mean, std, norm, names, hold_out, most, flip, seed, data_root
-    )
-    how = front.Wishes(
-        "clean",
-        budget,
-        tuple(set_ or ()),
-        device,
-        precision,
-        workers,
-        threads_per_job,
-        timeout,
-        memory,
-        isolation,
-        runs,
-        seed,
-    )
     if out is not None and fmt != "html":
         raise UserError(f"--out {out}: is for --format html; other formats are printed")
-    with front.Front(asked, how, (), _say) as view:
+    with Front(_asked(ctx.params), _wishes(ctx.params), (), _say) as view:
         found = view.scan()
         _tell(view, fmt, out or Path(f"{model.name}.html"))
     raise typer.Exit(STATUS[found.call])
 
 
 def purify(
-    model: Model, arch: Arch, clean: CleanData,
+    ctx: typer.Context, model: Model, arch: Arch, clean: CleanData,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT.safetensors", help="The repaired weights.")],
     defense: Annotated[
         str | None, typer.Option(metavar="NAME", help="A defense, as bbmcl plugins lists it; default: mcldef.")
@@ -121,32 +109,16 @@ def purify(
     fmt: Format = "table",
 ) -> None:  # fmt: skip
     """Repair a model: OUT.safetensors, and a card beside it, OUT.json. Exit status 4: nothing was to be repaired."""
-    from .audit import front
+    from .audit.front import Front
 
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: expected a name that ends in .safetensors")
     if target != "detect" and not target.isdecimal():
         raise UserError(f"--target {target!r}: expected a label (a number from 0 on) or detect")
-    asked = _asked(
-        model, arch, clean, entry, classes, size, mean, std, norm, names, hold_out, most, flip, seed, data_root
-    )
-    how = front.Wishes(
-        preset,
-        budget,
-        tuple(set_ or ()),
-        device,
-        precision,
-        workers,
-        threads_per_job,
-        timeout,
-        memory,
-        isolation,
-        runs,
-        seed,
-    )
     if all_ and defense is not None:
         raise UserError(f"--all --defense {defense}: give one of them")
-    with front.Front(asked, how, None if all_ else (defense or "mcldef",), _say, out) as view:
+    tried = None if all_ else (defense or "mcldef",)
+    with Front(_asked(ctx.params), _wishes(ctx.params), tried, _say, out) as view:
         repairs = view.purify(None if target == "detect" else int(target))
         if repairs and repairs[0].folder is not None:
             view.write(repairs[0], out)
@@ -154,17 +126,20 @@ def purify(
     raise typer.Exit(NOTHING if not repairs else int(repairs[0].folder is None))
 
 
-def _asked(
-    model: Path, arch: str, clean: str, entry: str | None, classes: int | None, size: int | None, mean: str | None,
-    std: str | None, norm: str | None, names: str | None, hold_out: float, most: int | None, flip: bool, seed: int,
-    root: Path | None,
-) -> Asked:  # fmt: skip
+def _asked(given: Mapping[str, Any]) -> Asked:
+    """What to open, of the options by their names."""
     from .audit.opened import Asked
 
-    return Asked(
-        model, arch, clean, entry, classes, size, _numbers("--mean", mean), _numbers("--std", std), norm, names,
-        hold_out, most, flip, seed, root,
-    )  # fmt: skip
+    own = {field.name: given[field.name] for field in fields(Asked)}
+    return Asked(**{**own, **{name: _numbers(f"--{name}", given[name]) for name in ("mean", "std")}})
+
+
+def _wishes(given: Mapping[str, Any]) -> Wishes:
+    """How to compute it."""
+    from .audit.front import Wishes
+
+    named = {"overrides": tuple(given["set_"] or ()), "threads": given["threads_per_job"], "preset": "clean"}
+    return Wishes(**{field.name: {**named, **given}[field.name] for field in fields(Wishes)})
 
 
 def _tell(view: Front, fmt: str, page: Path) -> None:

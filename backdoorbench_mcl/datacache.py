@@ -105,6 +105,15 @@ def order(pixels: npt.NDArray[np.uint8], y: npt.NDArray[np.int64]) -> npt.NDArra
     return np.lexsort((y, words[:, 3], words[:, 2], words[:, 1], words[:, 0]))
 
 
+def content(x: npt.NDArray[np.uint8], y: npt.NDArray[np.int64]) -> tuple[str, npt.NDArray[np.intp]]:
+    """SHA-256 (hex) over images (N, C, H, W) and labels (N,) that have no split, whatever their order; and the
+    permutation that sorts them as a cache does.
+    """
+    pixels = digests(x)
+    sort = order(pixels, y)
+    return content_hash(0, x.shape[1:], {"train": (pixels[sort], y[sort])}), sort
+
+
 def content_hash(classes: int, shape: Sequence[int], parts: Mapping[Split, Part]) -> str:
     """SHA-256 (hex) of a data set: classes, shape (C, H, W) and, per split, sorted digests (N, 32) and labels (N,)."""
     head = {"classes": classes, "shape": list(shape), "splits": {name: len(y) for name, (_, y) in parts.items()}}
@@ -476,6 +485,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 __all__ = [
-    "FILES", "SPLITS", "DataInfo", "Split", "check", "content_hash", "digests", "entries", "intact", "lookup",
-    "open_split", "order", "prepare", "receive", "scratch",
+    "FILES", "SPLITS", "DataInfo", "Split", "check", "content", "content_hash", "digests", "entries", "intact",
+    "lookup", "open_split", "order", "prepare", "receive", "scratch",
 ]  # fmt: skip

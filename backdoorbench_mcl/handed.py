@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from . import api, checkpoints, kit
+from .architectures import LOOKED_AT, SIZES
 from .errors import UserError
 from .functions import OtherWidth
 from .job import Job, weights_of
 from .plainfiles import PlainFile
 from .text import one_line
 
-SIZES = (32, 64, 96, 224)  # of images, where none is given: the preferred one first
 LIBRARIES = ("torchvision", "timm")  # whose networks are made for 224 pixels
 CHANNELS = (3, 1)
-LOOKED_AT = 1000  # images that tell a normalisation
 MOST_CLASSES = 100_000  # ImageNet-21k has 21,843
 MOST_TOLD = 50  # names of what was left out
 
@@ -191,4 +190,4 @@ def look(job: Job) -> None:
     job.save_meta({"accuracy": accuracy, "images": len(x)})
 
 
-__all__ = ["LOOKED_AT", "SIZES", "look", "open_"]
+__all__ = ["look", "open_"]

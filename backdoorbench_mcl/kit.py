@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe, Snapshot
 from .errors import Diverged, UserError
+from .numbers import anomaly_index, statistics
 from .plainfiles import read_plain
 from .traced import Traced
 
@@ -354,5 +355,6 @@ def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor)
 
 
 __all__ = [
-    "Traced", "at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict", "read_file", "share",
+    "Traced", "anomaly_index", "at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd", "predict",
+    "read_file", "share", "statistics",
 ]  # fmt: skip

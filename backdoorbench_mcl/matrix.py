@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
-from . import agenda, costs, devices, plugins, provenance, remarks
+from . import agenda, costs, devices, plugins, provenance, remarks, standing
 from .artefacts import Damaged, require_plain
 from .engines.base import Engine, Finished, Progress
 from .errors import BbmclError, NotApplicable, PluginError
@@ -282,24 +282,14 @@ class Matrix(Scoring):
         self.next_forecast = time.monotonic() + LEISURE * (time.monotonic() - started)
 
     def _finished(self, job: _Job, event: Finished, wall: float) -> Stage:
-        node, common, result, made = job.node, self.grants.common, event.result, event.made
-        packages = {method.full_name.rpartition("/")[0] for method in node.methods.values()} - {""}
-        numerics = {
-            "device": job.place[0],
-            "precision": common["precision"],
-            "threads": common["threads"],
-            "isolation": result.get("isolation", common["isolation"]),
-            "strays": result.get("strays", []),
-            "changed": result.get("changed", []),
-            "curves": result.get("curves", {}),
-            "machine": made.get("machine") or self.machine,
-            "versions": {**self.versions(frozenset(self.data | packages)), **made.get("versions", {})},
-            "origin": {**self.origin, **made.get("origin", {})},
-            "inputs": dict(job.inputs),
+        node, common = job.node, self.grants.common
+        packages = self.data | standing.packages(node)
+        made = {
+            "machine": event.made.get("machine") or self.machine,
+            "versions": {**self.versions(frozenset(packages)), **event.made.get("versions", {})},
+            "origin": {**self.origin, **event.made.get("origin", {})},
         }
-        cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
-        cost["wall"] = wall  # with the start of its process and the hand-over of files
-        return Stage(node.key, node.kind, node.spec, "", numerics, cost)
+        return standing.finished(node, common, job.place[0], job.inputs, event.result, made, wall)
 
     def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:
         blame = "" if failure.state == "n/a" else node.actor.blame

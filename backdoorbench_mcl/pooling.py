@@ -33,9 +33,7 @@ def pool(job: Job) -> None:
         found = _read(job)
     _check(job.spec["dataset"]["name"], found)
     x, y = np.asarray(found.images.x), np.asarray(found.images.y)
-    pixels = datacache.digests(x)
-    order = datacache.order(pixels, y)
-    content = datacache.content_hash(0, x.shape[1:], {"train": (pixels[order], y[order])})
+    content, order = datacache.content(x, y)
     shuffled = order[torch.randperm(len(y), generator=job.rng("init")).numpy()]
     job.save("pool", {"x": torch.from_numpy(x[shuffled]), "y": torch.from_numpy(y[shuffled])})
     job.tick(len(y), len(y), len(y))

@@ -51,26 +51,32 @@ def embed(job: Job) -> None:
     of "triggered or not"; `probe`, the cross-validated accuracy in % with which a linear classifier tells triggered
     images from their twins (50: not at all).
     """
-    from sklearn.manifold import TSNE
-
     found = load_file(job.folder / "in" / "points.safetensors")
     model, victim = job.victim(), job.victim("victim")
     clean, triggered, twins = (_features(model, found[name], job) for name in ("clean", "triggered", "twins"))
     before = _features(victim, found["twins"], job)
     points = torch.cat([clean, triggered]).numpy()
     flags = np.r_[np.zeros(len(clean), np.uint8), np.ones(len(triggered), np.uint8)]
-    perplexity = min(PERPLEXITY, max(1.0, (len(points) - 1) / 3))
-    plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+    xy, perplexity = layout(points)
     job.tick(1, 1, len(points))
     y = torch.cat([found["y"], torch.full((len(triggered),), -1)])
     job.save("embedding", {
-        "xy": torch.from_numpy(np.ascontiguousarray(plane, np.float32)), "y": y, "triggered": torch.from_numpy(flags),
+        "xy": xy, "y": y, "triggered": torch.from_numpy(flags),
     })  # fmt: skip
     job.save_meta({
         "cosine": float(F.cosine_similarity(triggered, before).mean()),
         "silhouette": _silhouette(points, flags), "probe": _probe(triggered.numpy(), twins.numpy()),
         "perplexity": perplexity, "clean": len(clean), "triggered": len(triggered),
     })  # fmt: skip
+
+
+def layout(points: np.ndarray[Any, Any]) -> tuple[Tensor, float]:
+    """Features (N, D) in the plane by t-SNE, float32 (N, 2), and the perplexity that N points allow."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(PERPLEXITY, max(1.0, (len(points) - 1) / 3))
+    plane = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+    return torch.from_numpy(np.ascontiguousarray(plane, np.float32)), perplexity
 
 
 def _features(model: api.Classifier, x: Tensor, job: Job) -> Tensor:
@@ -102,4 +108,4 @@ def _probe(triggered: np.ndarray[Any, Any], twins: np.ndarray[Any, Any]) -> floa
     return 100 * float(cross_val_score(classifier, points, flags, cv=_FOLDS).mean())
 
 
-__all__ = ["embed", "retune"]
+__all__ = ["embed", "layout", "retune"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import artefacts
 from .artefacts import Damaged
-from .plan import Plan
+from .plan import Node, Plan
 from .progress import Progress as Display
 from .store import Stage, Store
 
@@ -24,6 +24,34 @@ class Failure:
     reason: str
     key: str = ""
     blame: str = ""
+
+
+def packages(node: Node) -> set[str]:
+    """Distributions whose methods a stage runs."""
+    return {method.full_name.rpartition("/")[0] for method in node.methods.values()} - {""}
+
+
+def finished(
+    node: Node, common: Mapping[str, Any], device: str, inputs: Mapping[str, str], result: Mapping[str, Any],
+    made: Mapping[str, Any], wall: float,
+) -> Stage:  # fmt: skip
+    """The record of a stage that a job has computed. common: settings of every job; inputs: role -> name of the
+    artefact that it was given; result: of the job; made: "machine", "versions" and "origin" of where it ran; wall:
+    seconds with the start of its process and the hand-over of files.
+    """
+    numerics = {
+        "device": device,
+        "precision": common["precision"],
+        "threads": common["threads"],
+        "isolation": result.get("isolation", common["isolation"]),
+        "strays": result.get("strays", []),
+        "changed": result.get("changed", []),
+        "curves": result.get("curves", {}),
+        **made,
+        "inputs": dict(inputs),
+    }
+    cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
+    return Stage(node.key, node.kind, node.spec, "", numerics, {**cost, "wall": wall})
 
 
 class Standing:

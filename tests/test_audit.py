@@ -227,15 +227,6 @@ def test_grey_is_the_luminance() -> None:
     assert opened.luminance(x).tolist() == [[[[255, 76]]]]
 
 
-def test_measured_constants_are_those_of_all_pixels() -> None:
-    x = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (30, 3, 5, 5)).astype(np.uint8)
-    found = opened.measured(x)
-    for channel in range(3):
-        values = x[:, channel].astype(float).ravel() / 255
-        assert found["mean"][channel] == pytest.approx(values.mean(), abs=6e-5)
-        assert found["std"][channel] == pytest.approx(values.std(), abs=6e-5)
-
-
 def test_the_weight_of_a_mask_meets_both_sizes_of_the_paper() -> None:
     assert stages.mask_weight(32 * 32) == stages.mask_weight(28 * 28) == 0.01
     assert stages.mask_weight(224 * 224) == pytest.approx(0.001)

@@ -21,8 +21,9 @@ import bbmcl_datasets
 from backdoorbench_mcl import datacache
 from backdoorbench_mcl.api import Dataset
 from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.kit import statistics
 from bbmcl_datasets.cifar import Cifar10, Cifar100, read_batch
-from bbmcl_datasets.decode import MAX_PIXELS, decode, stack, statistics, whole
+from bbmcl_datasets.decode import MAX_PIXELS, decode, stack, whole
 from bbmcl_datasets.folder import Folder, class_folders
 from bbmcl_datasets.parquet import Parquet
 

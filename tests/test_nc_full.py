@@ -13,8 +13,9 @@ from tiny import one_thread as one_thread
 from torch import Tensor
 
 from backdoorbench_mcl.api import Classifier, Diverged, Images, MaskPattern, Recipe, UserError
+from backdoorbench_mcl.kit import anomaly_index
 from bbmcl_inverters.leaves import Dial
-from bbmcl_inverters.nc_full import NCFull, Rules, Schedule, anomaly_index, judge, one_scale, squash, unsquash
+from bbmcl_inverters.nc_full import NCFull, Rules, Schedule, judge, one_scale, squash, unsquash
 
 K = 6
 SIGNS = torch.where(torch.rand(K, 3, 8, 8, generator=generator(5)) < 0.5, -1.0, 1.0)

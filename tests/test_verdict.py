@@ -14,7 +14,6 @@ from scipy.special import gamma
 
 from backdoorbench_mcl.audit import verdict
 from backdoorbench_mcl.audit.verdict import Sized, Standing
-from bbmcl_inverters import nc_full
 
 OTHERS = (60.0, 44.0, 62.0, 47.0, 54.0, 45.0, 54.0, 60.0, 51.0)
 SIZES = st.lists(st.floats(0.5, 500), min_size=4, max_size=30)
@@ -52,10 +51,8 @@ def test_a_prediction_is_as_rare_as_it_says() -> None:
 
 
 def test_the_index_is_neural_cleanses_with_a_sign() -> None:
-    assert verdict.anomaly_index((10, 50, 52, 54, 56))[0] == pytest.approx(14.16, abs=0.005)
-    sizes = (10.0, *OTHERS)
-    assert [abs(index) for index in verdict.anomaly_index(sizes)] == pytest.approx(nc_full.anomaly_index(sizes))
-    assert verdict.anomaly_index((90.0, 50.0, 52.0))[0] < 0
+    below, *_, above = (one.index for one in verdict.standings(sized(10.0, 50.0, 52.0, 54.0, 56.0), 1))
+    assert below == pytest.approx(14.16, abs=0.005) and above == pytest.approx(-4 / 2.9652, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +63,7 @@ def test_the_index_is_neural_cleanses_with_a_sign() -> None:
 def test_a_trigger_that_works_on_a_part_counts_as_larger(
     size: float | None, success: float | None, expected: float | None
 ) -> None:
-    assert verdict.effective(size, success) == pytest.approx(expected) if expected else True
-    assert (verdict.effective(size, success) is None) == (expected is None)
+    assert verdict.effective(size, success) == (None if expected is None else pytest.approx(expected))
 
 
 @given(SIZES, st.floats(0.01, 100))

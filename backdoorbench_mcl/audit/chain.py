@@ -12,9 +12,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .. import provenance
+from .. import provenance, standing
 from ..artefacts import Damaged, require_plain
 from ..engines.base import Engine, Finished, Progress
 from ..errors import BbmclError, UserError
@@ -43,6 +42,7 @@ class _Job:
     node: Node
     claim: Claim
     inputs: Mapping[str, str]  # role -> name of the artefact that it was given
+    started: float
 
 
 class Chain:
@@ -60,7 +60,6 @@ class Chain:
         self.done: dict[str, Outcome] = {victim_key: Outcome(victim)}
         self.machine = provenance.machine_class(str(grants.common["device"]))
         self.origin = provenance.collect()
-        self.versions = provenance.versions()
 
     def compute(self, nodes: Mapping[str, Node], wanted: Sequence[str], what: str = "") -> dict[str, Outcome]:
         """The outcome of every stage in `wanted`, after all that it needs. what: named in lines while it takes time.
@@ -88,6 +87,8 @@ class Chain:
                     left = (told - started) / ended * (whole - ended)
                     self.say(f"  {what}: {ended} of {whole}, {duration(left)} left")
         finally:
+            if running:  # an error, or Ctrl-C: no job may outlive its claim
+                self.engine.close()
             for job in running.values():
                 job.claim.release()
             work.close()
@@ -138,7 +139,7 @@ class Chain:
             claim.release()
             self.done[node.key] = Outcome(None, line_of(error))
             return True
-        running[folder] = _Job(node, claim, {role: path.name for role, path in paths.items()})
+        running[folder] = _Job(node, claim, {role: path.name for role, path in paths.items()}, time.monotonic())
         self.engine.start(folder)
         return True
 
@@ -159,15 +160,12 @@ class Chain:
             shutil.rmtree(event.folder, ignore_errors=True)
 
     def _stage(self, job: _Job, event: Finished) -> Stage:
-        common, result = self.grants.common, event.result
-        numerics: dict[str, Any] = {
-            "device": common["device"], "precision": common["precision"], "threads": common["threads"],
-            "isolation": result.get("isolation", common["isolation"]), "strays": result.get("strays", []),
-            "changed": result.get("changed", []), "curves": result.get("curves", {}), "machine": self.machine,
-            "versions": self.versions, "origin": self.origin, "inputs": dict(job.inputs),
+        common, node = self.grants.common, job.node
+        made = {
+            "machine": self.machine, "versions": provenance.versions(standing.packages(node)), "origin": self.origin,
         }  # fmt: skip
-        cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
-        return Stage(job.node.key, job.node.kind, job.node.spec, "", numerics, cost)
+        wall = time.monotonic() - job.started
+        return standing.finished(node, common, common["device"], job.inputs, event.result, made, wall)
 
 
 __all__ = ["Chain", "Outcome", "Say"]

@@ -156,7 +156,8 @@ class Front:
             target, kind = found.target, found.kind
         assert target is not None
         chosen = [repairing.suited(self.registry, name, kind, self.how.overrides) for name in names]
-        session = self._begin(chosen)
+        if chosen != names:
+            session = self._begin(chosen)
         trigger = session.trigger(target, kind)
         self.repairs = repairing.ranked([self._repair(session, name, target, trigger) for name in chosen])
         return self.repairs

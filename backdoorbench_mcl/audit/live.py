@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import api, datacache, params, request, runner
+from .. import api, artefacts, datacache, params, request, runner
 from ..errors import UserError
 from ..job import rebuilt, weights_of
 from ..registry import Described
@@ -117,7 +117,8 @@ def purify(
             raise UserError(f"target={target}: the model has the labels 0 to {live.handed.classes - 1}")
         assert target is not None
         chosen = repairing.suited(live.registry, defense, kind, live.how.overrides)
-        session = live.session((chosen,))
+        if chosen != defense:
+            session = live.session((chosen,))
         made = session.purify(chosen, target, session.trigger(target, kind))
         if made.folder is None:
             raise UserError(f"{chosen}: {made.reason}")
@@ -183,7 +184,7 @@ class _Live:
         folder.mkdir()
         weights = weights_of(self.network)
         save_file(weights, folder / "weights.safetensors")
-        (folder / "meta.json").write_text("{}")
+        (folder / artefacts.META).write_text("{}")
         digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
         kind = f"{type(self.original).__module__}.{type(self.original).__qualname__}"
         mean, std = (values.flatten().tolist() * x.shape[1] for values in (self.network.mean, self.network.std))
@@ -192,9 +193,7 @@ class _Live:
         identity = {"name": kind, "computes": told}
         model = Described("model", kind, kind, "torch.nn:Module", "", {}, 1, kind, identity)
         repair, held = split(len(x), hold_out, self.how.seed)
-        pixels = datacache.digests(x)
-        order = datacache.order(pixels, y)
-        content = datacache.content_hash(0, x.shape[1:], {"train": (pixels[order], y[order])})
+        content, _ = datacache.content(x, y)
         channels = x.shape[1]
         return Handed(
             folder, model, digest, self.classes, tuple(x.shape[1:]), tuple(mean[:channels]), tuple(std[:channels]),

@@ -22,6 +22,7 @@ from ..clean import Clean
 from ..engines import single
 from ..engines.base import Isolation
 from ..errors import UserError
+from ..numbers import statistics
 from ..registry import Described, Registry
 from ..request import Precision
 from ..runner import prepare_data
@@ -31,9 +32,7 @@ from .handed import Handed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NONE = "none"
-SMALL = 32  # pixels
-TRIED = 4  # sizes that are tried where none is given
-LOOKED_AT = 1000  # images that tell a normalisation
+SMALL = 32  # pixels: a network that takes no such images was made for large ones
 Run = Callable[..., AbstractContextManager[Path]]  # `single.run_one` with limits
 MOST_HELD = 0.9  # of the images
 
@@ -76,8 +75,7 @@ def check(asked: Asked) -> None:
     """Raises UserError for what can be told without opening anything."""
     if not asked.model.exists():
         raise UserError(f"{asked.model}: there is no such file; expected a file of weights")
-    if not 0 <= asked.hold_out <= MOST_HELD:
-        raise UserError(f"--hold-out {asked.hold_out}: expected a share from 0 to {MOST_HELD}, as in 0.2")
+    _require_share(asked.hold_out)
     if (asked.mean is None) != (asked.std is None):
         raise UserError("--mean and --std belong together: give both, or none")
     if asked.norm is not None and asked.mean is not None:
@@ -114,8 +112,9 @@ def opened(
     y = clean.match(images.names, images.y, wanted, read["classes"])
     names = wanted if wanted is not None else images.names
     repair, held = split(len(y), asked.hold_out, asked.seed)
-    if "mean" not in source:  # of the images that searches get
-        source |= measured(images.x[repair])
+    if "mean" not in source:
+        mean, std = statistics(images.x[repair])  # of the images that searches get
+        source = {**source, "mean": mean, "std": std}
     given: Mapping[str, Any] = {"name": "given", "mean": asked.mean, "std": asked.std}
     how, accuracy = given, dict[str, float]()
     if asked.mean is None:
@@ -141,8 +140,7 @@ def split(total: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], ND
 
     Example: of 2,500 images with hold_out 0.2 there are 2,000 and 500.
     """
-    if not 0 <= hold_out <= MOST_HELD:
-        raise UserError(f"--hold-out {hold_out}: expected a share from 0 to {MOST_HELD}, as in 0.2")
+    _require_share(hold_out)
     order = np.random.Generator(np.random.PCG64(cells.seed("split", "held out", 0, seed))).permutation(total)
     count = round(total * hold_out)
     if hold_out > 0:
@@ -150,6 +148,11 @@ def split(total: int, hold_out: float, seed: int) -> tuple[NDArray[np.int64], ND
     if total - count < 2:
         raise UserError(f"{total} clean images, {count} of them held out, leave too few; expected some hundreds")
     return np.sort(order[count:]).astype(np.int64), np.sort(order[:count]).astype(np.int64)
+
+
+def _require_share(hold_out: float) -> None:
+    if not 0 <= hold_out <= MOST_HELD:
+        raise UserError(f"--hold-out {hold_out}: expected a share from 0 to {MOST_HELD}, as in 0.2")
 
 
 def _read_model(asked: Asked, model: Described, common: Mapping[str, Any], folder: Path, run: Run) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def taken(shape: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether a network, which takes squares of `sizes` of those that were tried, takes images of this (H, W): one that
     takes them all takes any. Example: `taken((48, 32), [32, 64, 96, 224])`
     """
-    return len(sizes) >= TRIED or (shape[0] == shape[1] and shape[0] in sizes)
+    return len(sizes) == len(architectures.SIZES) or (shape[0] == shape[1] and shape[0] in sizes)
 
 
 def _require_taken(images: Clean, sizes: Sequence[int], remedy: str) -> None:
@@ -227,13 +230,6 @@ def preferred(sizes: Sequence[int]) -> int:
     pixels was made for large images. Example: `preferred([96, 224])` is 224, `preferred([32, 64, 96, 224])` is 32.
     """
     return max(sizes) if min(sizes) > SMALL else sizes[0]
-
-
-def measured(x: NDArray[np.uint8]) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation of each channel in units of [0, 1], to four decimals. x: uint8 (N, C, H, W)."""
-    parts = x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1) / 255.0
-    std = np.maximum(parts.std(1), 1 / 255)
-    return {"mean": tuple(round(float(v), 4) for v in parts.mean(1)), "std": tuple(round(float(v), 4) for v in std)}
 
 
 def known_constants(own: Mapping[str, Any], channels: int) -> list[Mapping[str, Any]]:
@@ -272,7 +268,10 @@ def _tried(
 
     def fill(into: Path) -> None:
         shutil.copyfile(folder / "weights.safetensors", into / "weights.safetensors")
-        save_file({"x": images.x[:LOOKED_AT], "y": images.y[:LOOKED_AT]}, into / "clean.safetensors")
+        save_file(
+            {"x": images.x[: architectures.LOOKED_AT], "y": images.y[: architectures.LOOKED_AT]},
+            into / "clean.safetensors",
+        )
 
     with run(spec, fill) as out:
         accuracy: dict[str, float] = artefacts.read_meta(out)["accuracy"]
@@ -327,4 +326,4 @@ def _lines(
     ]  # fmt: skip
 
 
-__all__ = ["Asked", "Opened", "check", "flags", "luminance", "measured", "opened", "preferred", "split", "taken"]
+__all__ = ["Asked", "Opened", "check", "flags", "luminance", "opened", "preferred", "split", "taken"]

@@ -151,7 +151,7 @@ def judge(handed: Handed, told: Labels, target: int | None) -> Judgement:
     before, after, y = told["before"], told.get("after", told["before"]), handed.y[handed.held]
     out: dict[str, Any] = {
         "images": len(before),
-        "agreement": evaluate.percent(int((before == after).sum()), len(after)),
+        "agreement": _share(before == after),
     }
     known = handed.labelled
     classes = _classes(y if known else before, before, after)
@@ -186,10 +186,10 @@ def ranked(repairs: Sequence[Repair]) -> list[Repair]:
     return sorted(repairs, key=place)
 
 
-def needs_of(folder: Path, label: int) -> dict[str, Any]:
-    """What a job's spec says, in `needs`, of the trigger in an artefact that leads to `label`."""
+def needs_of(folder: Path) -> dict[str, Any]:
+    """What a job's spec says, in `needs`, of the trigger in the artefact of a search."""
     meta = artefacts.read_meta(folder)
-    return {"kind": "trigger", "label": label, **{k: meta[k] for k in ("class", "labels", "modules", "detected")}}
+    return {"kind": "trigger", **{name: meta[name] for name in ("class", "labels", "modules", "detected")}}
 
 
 def rebuild_of(folder: Path) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Session:
         inversions by the label that they lead to.
         """
         handed, using = self.handed, self.machine.in_turn
-        told = {f"trigger{label}": repairing.needs_of(folder, label) for label, folder in triggers.items()}
+        told = {f"trigger{label}": repairing.needs_of(folder) for label, folder in triggers.items()}
         data = handed.data.as_dict()
         spec: dict[str, Any] = {
             "job": "compare", "device": self.how.device, "precision": self.how.precision, "threads": using.threads,

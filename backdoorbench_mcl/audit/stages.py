@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .. import params, presets
+from .. import params, presets, request
 from ..errors import UserError
 from ..needed import Table, check_declarations, describe_needed, labels_used, told_by
 from ..plan import Builder, Case, Node
@@ -18,10 +18,10 @@ from ..registry import Described, Registry, Wanted
 from ..request import Precision, Request, one_of
 from .handed import ATTACKER, Handed
 
-ORACLES = frozenset({"trigger", "location", "suspect"})  # what nobody knows of a model that was handed over
+ORACLES = request.ORACLES | {"suspect"}  # what nobody knows of a model that was handed over
 SMALL, LARGE = 32 * 32, 224 * 224  # pixels for which a weight of masks is known (spec 5.1)
 WEIGHTS = (0.01, 0.001)  # of nc-box's mask at these sizes
-STEPS: Mapping[str, int] = {"nc-box": 1000, "uap": 600}  # of full searches: beyond, masks hardly shrink (spec 5.1)
+STEPS: Mapping[str, int] = {"nc-box": 1000, "uap": 600}  # of full searches; masks: see budgets.toml, uap: a guess
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from ..numbers import anomaly_index
+
 Call = Literal["clean", "suspicious", "undecided"]
+# The thresholds are ours, chosen before any was measured, and not yet calibrated on clean models.
 ALARM, DOUBT = 0.01, 0.1  # chance of a false alarm below which a model is suspicious, above which it is called clean
 FEW = 5  # labels: below, no test can tell one from the others
 DEEP = 0.75  # of the median: a label that needs more than this stands out by no more than any label may
@@ -41,9 +44,9 @@ class Sized:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a label stands out. index: Neural Cleanse's anomaly index of its size, in median deviations; ratio: of
-    the size to the median of the others; chance: that a clean model has such a label, over all labels and kinds, in
-    0..1. None where there is nothing to compare.
+    """How far a label stands out. index: Neural Cleanse's anomaly index of its size, in median deviations, negative
+    above the median; ratio: of the size to the median of the others; chance: that a clean model has such a label, over
+    all labels and kinds, in 0..1. None where there is nothing to compare.
     """
 
     kind: str
@@ -70,12 +73,14 @@ def standings(found: Sized, kinds: int) -> list[Standing]:
     """
     sizes = [effective(*pair) for pair in zip(found.size, found.success, strict=True)]
     known = {label: math.log(size) for label, size in enumerate(sizes) if size is not None}
+    middle = float(np.median(list(known.values()))) if known else 0.0
+    away = dict(zip(known, anomaly_index([math.exp(value) for value in known.values()]) if known else (), strict=True))
     out = []
     for label, size in enumerate(found.size):
         others = [value for other, value in known.items() if other != label]
         index = ratio = chance = None
         if label in known and len(others) >= 2:
-            index = anomaly_index([math.exp(value) for value in known.values()])[list(known).index(label)]
+            index = away[label] if known[label] <= middle else -away[label]
             ratio = math.exp(known[label] - float(np.median(others)))
             chance = min(1.0, tail(known[label], others) * len(known) * kinds)
         out.append(Standing(found.kind, label, size, found.success[label], index, ratio, chance))
@@ -91,17 +96,6 @@ def tail(value: float, others: Sequence[float]) -> float:
     spread = max(float(np.std(others, ddof=1)), 1e-9)
     t = (value - float(np.mean(others))) / (spread * math.sqrt(1 + 1 / len(others)))
     return float(stats.t.cdf(t, len(others) - 1))
-
-
-def anomaly_index(sizes: Sequence[float]) -> list[float]:
-    """Neural Cleanse's (spec 5.3), positive below the median: (median - L) / (1.4826 median |L - median|).
-
-    Example: `anomaly_index((10, 50, 52, 54, 56))[0]` is 14.16.
-    """
-    values = np.asarray(sizes, dtype=np.float64)
-    middle = float(np.median(values))
-    spread = max(1.4826 * float(np.median(np.abs(values - middle))), 0.01 * middle)
-    return [float((middle - value) / spread) for value in values]
 
 
 def suspects(found: Sequence[Standing]) -> list[Standing]:
@@ -179,6 +173,6 @@ def _text(success: float | None) -> str:
 
 
 __all__ = [
-    "ALARM", "DOUBT", "Call", "Ruling", "Sized", "Standing", "anomaly_index", "effective", "most_suspicious", "rarity",
+    "ALARM", "DOUBT", "Call", "Ruling", "Sized", "Standing", "effective", "most_suspicious", "rarity",
     "rule", "standings", "suspects", "tail",
 ]  # fmt: skip

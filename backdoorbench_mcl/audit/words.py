@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from tabulate import tabulate
@@ -65,11 +64,10 @@ def scan_lines(found: Scan, handed: Handed, held: Sequence[float | None] = ()) -
     after = [*held, *[None] * len(found.full)]
     lines = [*table.splitlines(), ""]
     lines += [f"full search, {trigger_line(one, handed, after[i])}" for i, one in enumerate(found.full)]
-    lines += [f"note: {line}" for line in found.notes]
+    lines += [f"note: {one_line(line)}" for line in found.notes]
     target = "" if found.target is None else f", label {one_line(handed.name(found.target), 40)}"
-    lines.append(f"verdict: {found.call}{target}: {found.reason} ({found.images} images, {duration(found.seconds)})")
-    return [one_line(line, max(80, shutil.get_terminal_size((120, 24)).columns)) if line.startswith("note") else line
-            for line in lines]  # fmt: skip
+    spent = f"{found.images} images, {duration(found.seconds)} of computing"
+    return [*lines, f"verdict: {found.call}{target}: {found.reason} ({spent})"]
 
 
 def judgement_rows(one: Judgement, handed: Handed, target: int | None) -> list[list[str]]:

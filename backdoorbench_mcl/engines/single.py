@@ -31,8 +31,7 @@ def run_one(
 ) -> Iterator[Path]:  # fmt: skip
     """Run one job in a child; a block with its `out`, which holds ordinary files only and is gone at the end.
 
-    engine: one that has nothing else to do, None for a child of its own.
-
+    engine: one that has nothing else to do, None for one of its own with these limits (timeout: seconds, memory: GB).
     spec: of the job, at least "job"; what else every job has is that of `DEFAULTS`. fill: writes its inputs into the
     folder that it gets. isolation "landlock" is what the kernel can of it; beside `out` lies `result.json`, which tells
     what was reached. Raises UserError with the job's line, behind `about`, for one that failed, and for a file in
@@ -49,10 +48,10 @@ def run_one(
         fill(folder / "in")
         (folder / "spec.json").write_text(json.dumps({"snapshot": str(folder / "snapshots"), **full}))
         if engine is not None:
-            event = _run(engine, folder)
+            event = ended(engine, folder)
         else:
             with Local(1, timeout, full["isolation"] == "inline", memory) as own:
-                event = _run(own, folder)
+                event = ended(own, folder)
         if event.state != "ok":
             raise UserError(f"{about}{event.reason}")
         try:
@@ -64,7 +63,8 @@ def run_one(
         work.close()
 
 
-def _run(engine: Engine, folder: Path) -> Finished:
+def ended(engine: Engine, folder: Path) -> Finished:
+    """Run the job in `folder` on an engine that has nothing else to do: how it ended."""
     engine.start(folder)
     while True:
         for event in engine.events():
@@ -72,4 +72,4 @@ def _run(engine: Engine, folder: Path) -> Finished:
                 return event
 
 
-__all__ = ["DEFAULTS", "run_one"]
+__all__ = ["DEFAULTS", "ended", "run_one"]

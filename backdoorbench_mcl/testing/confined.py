@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from .. import api, artefacts, confine, datacache
 from ..engines.local import Finished, Local
+from ..engines.single import ended
 from . import toys
 from .core import CheckFailed, Skipped, Subject, check, label_of, state_of
 
@@ -48,21 +49,13 @@ def run(subject: Subject, seconds: float = SECONDS) -> Finished:
         first = Path(scratch, "job")
         (first / "in").mkdir(parents=True)
         _fill(subject, first)
-        ended = _ended(engine, first)
-        if subject.kind not in NEXT or ended.state != "ok" or ended.result.get("strays"):
-            return ended
+        began = ended(engine, first)
+        if subject.kind not in NEXT or began.state != "ok" or began.result.get("strays"):
+            return began
         second = Path(scratch, "next")
         (second / "in").mkdir(parents=True)
         _follow(subject, first, second)
-        return _ended(engine, second)
-
-
-def _ended(engine: Local, folder: Path) -> Finished:
-    engine.start(folder)
-    while True:
-        for event in engine.events():
-            if isinstance(event, Finished):
-                return event
+        return ended(engine, second)
 
 
 def _fill(subject: Subject, folder: Path) -> None:

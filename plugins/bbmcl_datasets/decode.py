@@ -197,24 +197,6 @@ def pooled(blobs: Iterable[tuple[str, bytes]], size: int | None) -> tuple[Pixels
     return x, about, next(iter(sizes)) if len(sizes) == 1 else None
 
 
-def statistics(x: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """uint8 (N, C, H, W) -> mean and standard deviation per channel over all pixels in [0, 1], to 4 decimals.
-
-    Sums of integers, so the result does not depend on the order of the images. A constant channel gets 1/255, the
-    smallest step a pixel can make, so that dividing by it stays possible.
-    """
-    counts = np.zeros((x.shape[1], 256), np.int64)
-    rows = max(1, _CHUNK_BYTES // 8 // (x.shape[2] * x.shape[3]))  # bincount makes 8 bytes of each
-    for start in range(0, len(x), rows):
-        for channel in range(x.shape[1]):
-            counts[channel] += np.bincount(x[start : start + rows, channel].ravel(), minlength=256)
-    values = np.arange(256) / 255.0
-    share = counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ values
-    std = np.sqrt(((values[None] - mean[:, None]) ** 2 * share).sum(axis=1))
-    return tuple(round(float(m), 4) for m in mean), tuple(round(max(float(s), 1 / 255), 4) for s in std)
-
-
 def locate(name: str, path: str, root: Path | None, *, file: bool = False) -> Path:
     """A PATH argument -> an absolute folder: below the data root if it exists there, else from the working directory.
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Interval, Pool, Source, UserError
-from backdoorbench_mcl.kit import read_file
+from backdoorbench_mcl.kit import read_file, statistics
 
 from .decode import (
     MAX_BYTES,
@@ -35,7 +35,6 @@ from .decode import (
     note,
     pooled,
     stack,
-    statistics,
     stay_inside,
     whole_if,
 )

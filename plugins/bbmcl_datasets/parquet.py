@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import torch
 
 from backdoorbench_mcl.api import Count, Dataset, Images, Pool, Source, UserError
+from backdoorbench_mcl.kit import statistics
 
 from .decode import (
     MAX_BYTES,
@@ -34,7 +35,6 @@ from .decode import (
     note,
     pooled,
     stack,
-    statistics,
     stay_inside,
     whole_if,
 )

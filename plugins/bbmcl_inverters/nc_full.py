@@ -45,12 +45,12 @@ from backdoorbench_mcl.api import (
     Rate,
     Verdict,
 )
+from backdoorbench_mcl.kit import anomaly_index
 
 from .leaves import TINY, Dial, Leaves, half_tanh, ready, under
 from .nc_box import objective
 
 MOMENTS = (0.5, 0.9)
-FLOOR = 0.01  # of the median: the smallest deviation that is believed
 LOG_EVERY = 10
 
 # ---------------------------------------------------------------- pure functions
@@ -64,18 +64,6 @@ def squash(v: Tensor) -> Tensor:
 def unsquash(value: Tensor) -> Tensor:
     """A value in [0, 1] -> what `squash` makes it of, finite at both ends."""
     return ((value - 0.5) * (2 - TINY)).atanh()
-
-
-def anomaly_index(norms: Sequence[float]) -> tuple[float, ...]:
-    """|L - median| / (1.4826 median |L - median|) of every norm L, with numpy's median (spec 5.3).
-
-    Example: `anomaly_index((10, 50, 52, 54, 56))[0]` is 14.16.
-    """
-    values = np.asarray(norms, dtype=np.float64)
-    median = float(np.median(values))
-    away = np.abs(values - median)
-    spread = max(1.4826 * float(np.median(away)), FLOOR * median)
-    return tuple(float(value) / spread if spread else 0.0 for value in away)
 
 
 def one_scale(coarse: Sequence[float], full: Mapping[int, float]) -> tuple[float, ...]:

@@ -16,9 +16,9 @@ from backdoorbench_mcl.audit.scan import KINDS, Found, Scan
 from backdoorbench_mcl.audit.verdict import Sized, standings
 from backdoorbench_mcl.registry import Described
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.common.by import By  # noqa: E402
-from test_page import CHROMIUM, DRIVER, HOSTILE, shot  # noqa: E402
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.common.by import By
+from test_page import CHROMIUM, DRIVER, HOSTILE, chromium, shot
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
 SIZES = (40.0, 44.0, 39.0, 47.0, 4.0, 45.0)
@@ -51,15 +51,8 @@ def written(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,2600"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
-    driver.get(written(tmp_path_factory.mktemp("card")).as_uri())
-    yield driver
-    driver.quit()
+    with chromium(written(tmp_path_factory.mktemp("card")), 2600) as driver:
+        yield driver
 
 
 def test_the_page_has_no_error_and_runs_nothing(browser: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,25 @@ DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver on this machine")
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium at the page of a made-up matrix."""
+@contextmanager
+def chromium(file: Path, height: int) -> Iterator[Any]:
+    """A headless Chromium at a page, in a window of 1300 x height pixels."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,1400"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size=1300,{height}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(service=webdriver.ChromeService(DRIVER), options=options)
+    try:
+        driver.get(file.as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium at the page of a made-up matrix."""
     rows = []
     for i, attack in enumerate(("badnets", "blend", f"sig{HOSTILE}")):
         rows += [
@@ -52,9 +63,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,)),
         Sheet("Spread", ("attack", "ASR"), (("a", "10.00±0.10"), ("b", "–"), ("c", "2.50±1.00"), ("d", "-1")), 1),
     ]))  # fmt: skip
-    driver.get(file.as_uri())
-    yield driver
-    driver.quit()
+    with chromium(file, 1400) as driver:
+        yield driver
 
 
 def shot(browser: Any, name: str) -> None:
