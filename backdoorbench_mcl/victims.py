@@ -38,7 +38,7 @@ def surrogate(job: Job) -> None:
         return F.cross_entropy(model(x), batch.y)
 
     model.train()
-    kit.fit(model, api.Images(*job.split("train")).to(job.device), context, loss)
+    kit.fit(model, api.Images(*job.split("train")).to(job.device), context, loss, steady=not radius)
     weights = weights_of(model)
     require_finite(weights)
     job.save("weights", weights)
@@ -67,7 +67,7 @@ def train(job: Job) -> None:
         poisoned = attack.poison(clean, state, job.rng("poison"))
         _check_overlay(attack, poisoned, clean)
         images = _poisoned(clean, poisoned, job.device)
-        kit.fit(model, images, api.Context(**own), lambda batch: F.cross_entropy(model(batch.x), batch.y))
+        kit.fit(model, images, api.Context(**own), lambda batch: F.cross_entropy(model(batch.x), batch.y), steady=True)
         index, count, content = poisoned.index, len(poisoned.index), _content(poisoned)
     weights = weights_of(model)
     require_finite(weights)

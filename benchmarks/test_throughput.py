@@ -100,7 +100,8 @@ def test_training(
         def loss(batch: Batch) -> Tensor:
             return F.cross_entropy(network(batch.x), batch.y)
 
-        kit.fit(network, there, context(Context, setting, tmp_path), loss, recipe=Recipe(steps=batches, lr=0.01))
+        recipe = Recipe(steps=batches, lr=0.01)
+        kit.fit(network, there, context(Context, setting, tmp_path), loss, recipe=recipe, steady=True)  # as victims are
 
     def random_batches() -> Iterator[tuple[Tensor, Tensor]]:
         draw, y = bare_batch(images, TRAIN_BATCH, setting), images.y[:TRAIN_BATCH].to(setting.device)

@@ -54,7 +54,7 @@ def test_objective_against_loops() -> None:
     for row in model(stamped).tolist():
         total += math.log(sum(math.exp(v) for v in row)) - row[2]
         hits += max(range(4), key=row.__getitem__) == 2
-    loss, share, told = objective(model, x, plus, minus, 2, 0.03)
+    loss, share, told = objective(model, x, plus, minus, 2, torch.tensor(0.03))
     assert float(told) == pytest.approx(size, rel=1e-5)
     assert float(loss.detach()) == pytest.approx(total / 5 + 0.03 * size, rel=1e-5)
     assert float(share) == pytest.approx(hits / 5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backdoorbench_mcl.api import Classifier, Context, Diverged, Images, Trigger, UserError
+from backdoorbench_mcl.kit import Repeated
 
 TINY = 1e-7  # Neural Cleanse's: keeps the range of tanh a little open
 
@@ -73,11 +74,15 @@ class Leaves:
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 
-    def descend(self, loss: Tensor) -> None:
-        """One step down `loss`."""
-        self.adam.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss, inputs=list(self.values.values()))
+    def steps(self, loss: Callable[..., tuple[Tensor, ...]], say: Callable[[str], None]) -> Repeated:
+        """`loss` as what `descend` takes: see `Repeated`. No parameter of a network in it may take a gradient."""
+        return Repeated(loss, list(self.values.values()), say)
+
+    def descend(self, step: Repeated, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One step down the first of the scalars of `step`; returns all of them, valid until the next."""
+        told = step(*inputs)
         self.adam.step()
+        return told
 
     def now(self) -> dict[str, Tensor]:
         """Copies of the tensors."""
@@ -114,19 +119,17 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def one_pass(
-    name: str, leaves: Leaves, images: Images, ctx: Context, loss: Callable[[Tensor], tuple[Tensor, ...]], *,
-    batch: int, step: int, total: int,
+    name: str, leaves: Leaves, images: Images, ctx: Context, descent: Repeated, *, batch: int, step: int, total: int,
 ) -> tuple[int, list[float]]:  # fmt: skip
     """Descend once over the augmented images, no further than step `total`.
 
-    loss: float images (B, C, H, W) -> scalars, the first of which is minimised. Returns the steps done and the mean of
-    each scalar over the images. Raises Diverged when a mean or a leaf is not finite.
+    descent: float images (B, C, H, W) -> scalars, the first of which is minimised. Returns the steps done and the mean
+    of each scalar over the images. Raises Diverged when a mean or a leaf is not finite.
     """
     sums, seen = torch.zeros(()), 0
     for x, _, _ in images.batches(batch, ctx.rng, ctx.augment):
-        told = loss(x)
-        leaves.descend(told[0])
-        sums = sums.to(x.device) + torch.stack([value.detach() for value in told]) * len(x)
+        told = leaves.descend(descent, x)
+        sums = sums.to(x.device) + torch.stack(told) * len(x)
         seen += len(x)
         step += 1
         ctx.tick(step, total, len(x))

@@ -31,6 +31,7 @@ from backdoorbench_mcl.api import (
     Positive,
     UserError,
 )
+from backdoorbench_mcl.kit import Repeated
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def pattern_box(model: Classifier, kind: Literal["pixel", "normalized"]) -> Box:
 
 
 def objective(
-    model: Classifier, x: Tensor, mask: Tensor, pattern: Tensor, target: int, lam: float
+    model: Classifier, x: Tensor, mask: Tensor, pattern: Tensor, target: int, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """mean CE(h((1-m)*x + m*p), t) + lam * sum|m|, and the share of the batch that lands on t (spec 5).
 
@@ -185,28 +186,29 @@ class NCBox(Inverter):
             for point in search.curve:
                 _record(ctx, *point)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
+
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            return objective(model, x, search.mask, box.pixels(search.pattern), target, self.lam)
+
+        descent = Repeated(loss, [search.mask, search.pattern], ctx.log)
         while search.step < total and search.stale <= self.patience:
-            self._one_pass(model, target, ctx, box, search, total)
+            self._one_pass(descent, ctx, box, search, total)
             ctx.snapshot.save(search.tensors(ctx.rng), search.meta())
         mask = search.mask.detach()
         if self.binarize == "threshold":
             mask = (mask > 0.5).float()
         return MaskPattern(mask, box.pixels(search.pattern.detach()).clamp(0, 1))
 
-    def _one_pass(
-        self, model: Classifier, target: int, ctx: InverterContext, box: Box, search: Search, total: int
-    ) -> None:
+    def _one_pass(self, descent: Repeated, ctx: InverterContext, box: Box, search: Search, total: int) -> None:
         losses, hits = torch.zeros((), device=ctx.device), torch.zeros((), device=ctx.device)
         seen = 0
         for x, _, _ in ctx.clean.batches(self.batch, ctx.rng, ctx.augment):
-            search.adam.zero_grad(set_to_none=True)
-            loss, hit = objective(model, x, search.mask, box.pixels(search.pattern), target, self.lam)
-            torch.autograd.backward(loss)
+            loss, hit = descent(x)
             search.adam.step()
             with torch.no_grad():
                 search.mask.clamp_(0, 1)
                 search.pattern.clamp_(box.low, box.high)
-            losses += loss.detach() * len(x)
+            losses += loss * len(x)
             hits += hit * len(x)
             seen += len(x)
             search.step += 1

@@ -321,15 +321,20 @@ class NCFull(Inverter):
         over all labels.
         """
         before, total = progress
+        cost = torch.zeros((), device=ctx.device)  # a tensor: recorded steps read it anew
+
+        def loss(x: Tensor) -> tuple[Tensor, ...]:
+            mask, pattern = squash(search.leaves["mask"]), squash(search.leaves["pattern"])
+            return *objective(model, x, mask, pattern, target, cost), mask.detach().sum()
+
+        descent = search.leaves.steps(loss, ctx.log)
         while search.step < limit and not search.schedule.stopped:
             sums = torch.zeros(3, device=ctx.device)  # loss, success, norm
-            cost = search.schedule.cost
+            weight = search.schedule.cost
+            cost.fill_(weight)
             for number in range(self.batches):
                 x = search.batch(ctx.clean, self.batch, ctx)
-                mask, pattern = squash(search.leaves["mask"]), squash(search.leaves["pattern"])
-                loss, hits = objective(model, x, mask, pattern, target, cost)
-                search.leaves.descend(loss)
-                sums += torch.stack([loss.detach(), hits, mask.detach().sum()])
+                sums += torch.stack(search.leaves.descend(descent, x))
                 done = (before + search.step) * self.batches + number + 1
                 ctx.tick(done, total * self.batches, len(x))
             loss_mean, success, norm = (sums / self.batches).tolist()
@@ -340,7 +345,7 @@ class NCFull(Inverter):
             search.step += 1
             if search.step % LOG_EVERY == 0 or search.step == limit or search.schedule.stopped:
                 ctx.log(
-                    f"label {target}, step {search.step} of {limit}: loss {loss_mean:.4f}, cost {cost:.2g}, "
+                    f"label {target}, step {search.step} of {limit}: loss {loss_mean:.4f}, cost {weight:.2g}, "
                     f"mask L1 {norm:.2f}, success {100 * success:.1f} %, best L1 {search.schedule.best:.2f}"
                 )
             keep()

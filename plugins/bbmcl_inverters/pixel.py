@@ -31,6 +31,7 @@ from backdoorbench_mcl.api import (
     Positive,
     Rate,
 )
+from backdoorbench_mcl.kit import Repeated
 
 from .leaves import Additive, Dial, Leaves, half_tanh, one_pass, ready, under
 
@@ -59,7 +60,7 @@ def cleaned(pattern: Tensor) -> tuple[Tensor, int]:
 
 
 def objective(
-    model: Classifier, x: Tensor, plus: Tensor, minus: Tensor, target: int, cost: float
+    model: Classifier, x: Tensor, plus: Tensor, minus: Tensor, target: int, cost: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean CE(h(clamp(x + pattern, 0, 1)), t) + cost * regulariser, the share of the batch that lands on t, and the
     regulariser. x (B, C, H, W) in [0, 1], plus and minus (C, H, W).
@@ -158,18 +159,19 @@ class Pixel(Inverter):
         if saved is not None:
             search.restore(*saved, ctx.rng)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
+        cost = torch.zeros((), device=ctx.device)  # a tensor: recorded steps read it anew
+        descent = leaves.steps(lambda x: objective(model, x, leaves["plus"], leaves["minus"], target, cost), ctx.log)
         while search.step < total:
-            self._one_pass(model, target, ctx, search, total)
+            cost.fill_(search.dial.cost)
+            self._one_pass(descent, ctx, search, total)
             ctx.snapshot.save(search.tensors(ctx.rng), search.meta())
         return Additive(search.pattern())
 
-    def _one_pass(self, model: Classifier, target: int, ctx: InverterContext, search: Search, total: int) -> None:
+    def _one_pass(self, descent: Repeated, ctx: InverterContext, search: Search, total: int) -> None:
         leaves, cost = search.leaves, search.dial.cost
         search.step, (loss, success, size) = one_pass(
-            self.name, leaves, ctx.clean, ctx,
-            lambda x: objective(model, x, leaves["plus"], leaves["minus"], target, cost),
-            batch=self.batch, step=search.step, total=total,
-        )  # fmt: skip
+            self.name, leaves, ctx.clean, ctx, descent, batch=self.batch, step=search.step, total=total
+        )
         search.judge(success >= self.success, size)
         if search.dial.turn(success >= self.success, self.patience, self.multiplier) < 0 and search.kept:
             leaves.restart(search.kept)

@@ -62,6 +62,7 @@ class UAP(Inverter):
         """
         shape = ready(self.name, model, ctx.clean)
         leaves = Leaves({"delta": torch.zeros(shape, device=ctx.device)}, self.lr)
+        descent = leaves.steps(lambda x: objective(model, x, leaves["delta"], target, self.weight), ctx.log)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
         step = 0
         saved = ctx.snapshot.load()
@@ -71,9 +72,8 @@ class UAP(Inverter):
             step = int(saved[1]["step"])
         while step < total:
             step, (loss, success) = one_pass(
-                self.name, leaves, ctx.clean, ctx, lambda x: objective(model, x, leaves["delta"], target, self.weight),
-                batch=self.batch, step=step, total=total,
-            )  # fmt: skip
+                self.name, leaves, ctx.clean, ctx, descent, batch=self.batch, step=step, total=total
+            )
             norm = float(leaves["delta"].detach().norm())
             ctx.log(f"step {step} of {total}: loss {loss:.4f}, L2 {norm:.2f}, success {100 * success:.1f} %")
             ctx.snapshot.save({**leaves.pack(), "rng": ctx.rng.get_state()}, {"step": step})
