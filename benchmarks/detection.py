@@ -2,10 +2,12 @@
 
     bbmcl matrix --dataset shapes --model wrn-10-1 --budget quick --attacks badnets,...,none --defenses none --runs RUNS
     python benchmarks/detection.py RUNS OUT.jsonl [--purify] [--only ATTACK] [--budget quick] [--set ...]
+        [--shard 0/4] [--device cuda] [--isolation inline]
 
 Each victim is saved as a file of weights and scanned by the command, as a stranger would. `--purify` repairs what was
 found suspicious and measures with the attacker's own trigger, on test images that no command saw. A line for each
-model goes to OUT.jsonl; models that are in it already are not scanned again. At the end a table: alarms, labels, ROC.
+model goes to OUT.jsonl; models that are in it already are not scanned again. A victim whose backdoor did not take (its
+row is under the gate) is left out. At the end a table: alarms, labels, ROC.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def victims(store: Store) -> Iterator[tuple[Stage, dict[str, Any]]]:
     for stage in store.stages():
         if stage.kind == "train" and stage.key in rows:
             row = rows[stage.key]
+            if row.gate != "ok" and row.attack != CLEAN:
+                continue
             yield stage, {"attack": row.attack, "seed": row.victim_seed, "target": row.target, "asr": row.asr,
                           "ba": row.ba, "gate": row.gate, "model": row.model, "dataset": row.dataset}  # fmt: skip
         elif stage.kind == "surrogate":  # a clean model of the attacker's
@@ -56,7 +60,7 @@ def command(*typed: str) -> tuple[int, str, float]:
 
 
 def true_numbers(stage: Stage, folder: Path, weights: Path, about: dict[str, Any], data: datacache.DataInfo,
-                 model: Described) -> dict[str, Any]:  # fmt: skip
+                 model: Described, device: str) -> dict[str, Any]:  # fmt: skip
     """ASR, FTR, BA and TCA of weights by the attacker's own trigger, on the whole test split."""
     attack: Any = describe.construct(*_attack(stage))
     tensors = load_file(folder / "attack.safetensors")
@@ -70,7 +74,7 @@ def true_numbers(stage: Stage, folder: Path, weights: Path, about: dict[str, Any
     net = network.build(data.classes, data.shape)
     net.set_normalisation(data.mean, data.std)
     net.load_state_dict(load_file(weights))
-    net.eval()
+    net.to(torch.device(device)).eval()
     labels = [kit.predict(net, part).numpy() for part in (x, torch.cat(parts))]
     clean, triggered = labels
     found = evaluate.measure(clean, triggered, y.numpy(), goal.numpy(), counted.numpy())
@@ -100,6 +104,7 @@ def look(stage: Stage, about: dict[str, Any], store: Store, options: argparse.Na
         typed = [
             str(file), "--arch", options.model, "--clean", f"{options.dataset}@{options.rate}",
             "--norm", options.dataset, "--budget", options.budget, "--runs", str(options.runs / "audit"),
+            "--device", options.device, "--isolation", options.isolation,
             *(word for line in options.set for word in ("--set", line)),
         ]  # fmt: skip
         status, printed, seconds = command("scan", *typed, "--format", "json")
@@ -110,12 +115,12 @@ def look(stage: Stage, about: dict[str, Any], store: Store, options: argparse.Na
         line = {**about, "key": stage.key, "status": status, "seconds": round(seconds, 1), "call": found["call"],
                 "said": found["target"], "kind": found["kind"], "labels": found["labels"]}  # fmt: skip
         if options.purify and found["call"] == "suspicious" and about["attack"] != CLEAN:
-            line["before"] = true_numbers(stage, folder, file, about, data, model)
+            line["before"] = true_numbers(stage, folder, file, about, data, model, options.device)
             status, printed, seconds = command("purify", *typed, "-o", str(out), "--format", "json")
             line["purify_seconds"] = round(seconds, 1)
             if status == 0:
                 line["repair"] = json.loads(printed)["repairs"][0]
-                line["after"] = true_numbers(stage, folder, out, about, data, model)
+                line["after"] = true_numbers(stage, folder, out, about, data, model, options.device)
     return line
 
 
@@ -191,13 +196,16 @@ def main() -> None:
     parser.add_argument("--budget", default="full")
     parser.add_argument("--only", default="")
     parser.add_argument("--set", action="append", default=[], metavar="NAME.PARAM=VALUE")
-    parser.add_argument("--most", type=int, default=1000)
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th model, from the I-th on")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--isolation", default="auto")
     parser.add_argument("--purify", action="store_true")
     options = parser.parse_args()
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     known = {line["key"] for line in done}
     store = Store(options.runs)
-    for stage, about in list(victims(store))[: options.most]:
+    start, every = (int(part) for part in options.shard.split("/"))
+    for stage, about in list(victims(store))[start::every]:
         if stage.key in known or not about["attack"].startswith(options.only):
             continue
         line = look(stage, about, store, options)

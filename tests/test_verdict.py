@@ -57,13 +57,28 @@ def test_the_index_is_neural_cleanses_with_a_sign() -> None:
 
 @pytest.mark.parametrize(
     "size, success, expected",
-    [(20.0, 50.0, 40.0), (20.0, 100.0, 20.0), (20.0, 0.0, 2000.0), (None, 100.0, None), (20.0, None, None),
-     (math.inf, 100.0, None), (0.0, 100.0, 1e-6)],
+    [(20.0, 85.0, 34.551), (20.0, 50.0, 61.827), (20.0, 99.0, 20.0), (20.0, 100.0, 20.0), (None, 100.0, None),
+     (20.0, None, None), (math.inf, 100.0, None), (0.0, 100.0, 1e-6)],
 )  # fmt: skip
 def test_a_trigger_that_works_on_a_part_counts_as_larger(
     size: float | None, success: float | None, expected: float | None
 ) -> None:
-    assert verdict.effective(size, success) == (None if expected is None else pytest.approx(expected))
+    assert verdict.effective(size, success, 10) == (None if expected is None else pytest.approx(expected, rel=1e-4))
+
+
+@given(st.floats(0.1, 500), st.floats(0, 100), st.floats(0, 100), st.integers(2, 1000))
+def test_the_fewer_images_the_larger(size: float, one: float, other: float, classes: int) -> None:
+    low, high = sorted((one, other))
+    larger, smaller = verdict.effective(size, low, classes), verdict.effective(size, high, classes)
+    assert larger is not None and smaller is not None
+    assert larger >= smaller >= size
+
+
+def test_the_size_found_is_the_size_compared_where_the_model_holds() -> None:
+    """Success of a trigger of a size as assumed: log-odds from -ln 9, rising by 0.1 a pixel."""
+    for size in (30.0, 40.0, 55.0):
+        success = 100 / (1 + math.exp(math.log(9) - 0.1 * size))
+        assert verdict.effective(size, success, 10) == pytest.approx((math.log(99) + math.log(9)) / 0.1)
 
 
 @given(SIZES, st.floats(0.01, 100))
@@ -132,7 +147,7 @@ EVERY = [standing(1.0, label, ratio=1.0) for label in range(10)]
         (10, [standing(0.001)], [99.0], "suspicious", 0),
         (10, [standing(0.001)], [40.0], "undecided", 0),
         (10, [standing(0.001)], [None], "undecided", 0),
-        (10, [standing(0.05)], [99.0], "undecided", 0),
+        (10, [standing(0.07)], [99.0], "undecided", 0),
         (10, EVERY, [], "clean", None),
         (10, [*EVERY[1:], standing(0.001, ratio=0.9)], [], "clean", None),
         (10, [*EVERY[1:], standing(0.001, success=20.0)], [], "clean", None),

@@ -22,8 +22,9 @@ from scipy import stats
 from ..numbers import anomaly_index
 
 Call = Literal["clean", "suspicious", "undecided"]
-# The thresholds are ours, chosen before any was measured, and not yet calibrated on clean models.
-ALARM, DOUBT = 0.01, 0.1  # chance of a false alarm below which a model is suspicious, above which it is called clean
+# The thresholds are ours; benchmarks/README.md has what they did on models that they were and were not chosen on.
+ALARM, DOUBT = 0.05, 0.1  # chance of a false alarm below which a model is suspicious, above which it is called clean
+WHOLE = 99.0  # % of images at which sizes are compared
 FEW = 5  # labels: below, no test can tell one from the others
 DEEP = 0.75  # of the median: a label that needs more than this stands out by no more than any label may
 REACHED = 50.0  # % of images that a trigger sends to its label: below, it is none
@@ -58,20 +59,26 @@ class Standing:
     chance: float | None
 
 
-def effective(size: float | None, success: float | None) -> float | None:
-    """The size that a label needs, larger where its trigger works on a part of the images only; None where a search
-    failed. Example: `effective(20.0, 50.0)` is 40.
+def effective(size: float | None, success: float | None, classes: int) -> float | None:
+    """The size at which a trigger would send `WHOLE` % of the images to its label; None where a search failed.
+
+    A search weighs success against size, and stops early at a label that is hard to reach: what it found is small and
+    works on a part of the images. Sizes are compared as if the log-odds of success grew in proportion to the size, from
+    those of a guess among the classes. Example: `effective(20.0, 85.0, 10)` is 34.6, `effective(20.0, 100.0, 10)` 20.
     """
     if size is None or success is None or not math.isfinite(size):
         return None
-    return max(size, 1e-6) * 100 / max(success, 1.0)
+    guess = math.log(max(classes, 2) - 1)
+    least = 100 / max(classes, 2) + 1  # a search that does no better than a guess: nearly no way
+    reached, wanted = (math.log(p / (100 - p)) + guess for p in (min(max(success, least), WHOLE), WHOLE))
+    return max(size, 1e-6) * wanted / reached
 
 
 def standings(found: Sized, kinds: int) -> list[Standing]:
     """How far each label stands out among those of its kind; kinds: how many there are, each of which could raise an
     alarm.
     """
-    sizes = [effective(*pair) for pair in zip(found.size, found.success, strict=True)]
+    sizes = [effective(*pair, len(found.size)) for pair in zip(found.size, found.success, strict=True)]
     known = {label: math.log(size) for label, size in enumerate(sizes) if size is not None}
     middle = float(np.median(list(known.values()))) if known else 0.0
     away = dict(zip(known, anomaly_index([math.exp(value) for value in known.values()]) if known else (), strict=True))
