@@ -124,6 +124,23 @@ def look(stage: Stage, about: dict[str, Any], store: Store, options: argparse.Na
     return line
 
 
+def judged_again(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with the verdict as it is now on the sizes that its quick searches found; that a full search of what
+    stands out would work is taken for granted.
+    """
+    found: list[verdict.Standing] = []
+    kinds = list(dict.fromkeys(one["kind"] for one in line["labels"]))
+    for kind in kinds:
+        own = sorted((one for one in line["labels"] if one["kind"] == kind), key=lambda one: int(one["label"]))
+        sized = verdict.Sized(kind, tuple(one["size"] for one in own), tuple(one["success"] for one in own))
+        found += verdict.standings(sized, len(kinds))
+    doubtful = verdict.suspects(found)
+    ruling = verdict.rule(len(found) // max(1, len(kinds)), found, [100.0] * len(doubtful))
+    on = ruling.on
+    return {**line, "call": ruling.call, "said": None if on is None else on.label,
+            "kind": None if on is None else on.kind, "labels": [vars(one) for one in found]}  # fmt: skip
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -200,8 +217,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--isolation", default="auto")
     parser.add_argument("--purify", action="store_true")
+    parser.add_argument("--rejudge", action="store_true", help="scan nothing: the verdict of now on the sizes in OUT")
     options = parser.parse_args()
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    if options.rejudge:
+        print(table([judged_again(line) for line in done]))
+        return
     known = {line["key"] for line in done}
     store = Store(options.runs)
     start, every = (int(part) for part in options.shard.split("/"))

@@ -29,7 +29,7 @@ FEW = 5  # labels: below, no test can tell one from the others
 DEEP = 0.75  # of the median: a label that needs more than this stands out by no more than any label may
 REACHED = 50.0  # % of images that a trigger sends to its label: below, it is none
 CONFIRMED = 80.0  # the same of the full search that follows an alarm
-HIDDEN = 3.0  # median deviations: a small label beyond is not called ordinary, whatever the test says
+HIDDEN, TINY = 3.0, 0.3  # median deviations and share of the median: a label beyond both is never called ordinary
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def rule(classes: int, found: Sequence[Standing], confirmed: Sequence[float | No
 
     Suspicious: a label stands out by chance below `ALARM` and its full search works. Clean: every label was searched
     for, most with success, and none stands out, neither by the test nor, where several small labels hide each other
-    from it, by an index above `HIDDEN`. All else is undecided.
+    from it, by an index above `HIDDEN` and less than `TINY` of what the others need. All else is undecided.
     """
     doubtful = suspects(found)
     pairs = list(zip(doubtful, confirmed, strict=True))
@@ -155,7 +155,7 @@ def rule(classes: int, found: Sequence[Standing], confirmed: Sequence[float | No
                 "undecided", f"label {one.label} stands out, but a full search reaches it with {_text(success)}", one
             )
         return Ruling("undecided", f"label {one.label} stands out a little, as in 1 of {rarity(one.chance)}", one)
-    hidden = [one for one in found if _small(one) and (one.index or 0) > HIDDEN]
+    hidden = [one for one in found if _small(one) and (one.index or 0) > HIDDEN and (one.ratio or 1) < TINY]
     if hidden:
         labels = ", ".join(str(one.label) for one in hidden)
         return Ruling("undecided", f"several labels are small together ({labels}): no test tells them apart", hidden[0])
