@@ -105,6 +105,7 @@ def look(stage: Stage, about: dict[str, Any], store: Store, options: argparse.Na
             str(file), "--arch", options.model, "--clean", f"{options.dataset}@{options.rate}",
             "--norm", options.dataset, "--budget", options.budget, "--runs", str(options.runs / "audit"),
             "--device", options.device, "--isolation", options.isolation,
+            *(() if options.threads is None else ("--threads-per-job", str(options.threads))),
             *(word for line in options.set for word in ("--set", line)),
         ]  # fmt: skip
         status, printed, seconds = command("scan", *typed, "--format", "json")
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th model, from the I-th on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--isolation", default="auto")
+    parser.add_argument("--threads", type=int, help="of a job that runs alone, beside other work")
     parser.add_argument("--purify", action="store_true")
     parser.add_argument("--rejudge", action="store_true", help="scan nothing: the verdict of now on the sizes in OUT")
     options = parser.parse_args()
