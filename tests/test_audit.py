@@ -35,9 +35,9 @@ MODEL = Described("model", "net", "net", "torch.nn:Module", "", {}, 1, "net", {"
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+def known(toy_env: dict[str, str]) -> Iterator[Registry]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BBMCL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("BBMCL_CACHE", toy_env["BBMCL_CACHE"])
         yield runner.registry(jobs=False)
 
 

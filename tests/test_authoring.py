@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Bbmcl
@@ -17,10 +18,13 @@ from backdoorbench_mcl.errors import UserError
 from backdoorbench_mcl.testing import Subject, parametrize_with_checks
 
 __all__ = ["one_thread"]
-ATTACK = {"rate": 0.2}
+KINDS = authoring.KINDS
+SETTINGS: dict[str, dict[str, Any]] = {
+    "attack": {"rate": 0.2},
+    "inverter": {"steps": 150},
+}  # half of the steps still find a planted patch
 TEMPLATES = [
-    Subject(kind, f"backdoorbench_mcl.templates.{kind}:MyMethod", ATTACK if kind == "attack" else {}, label=kind)
-    for kind in authoring.KINDS
+    Subject(kind, f"backdoorbench_mcl.templates.{kind}:MyMethod", SETTINGS.get(kind, {}), label=kind) for kind in KINDS
 ]
 
 
@@ -39,7 +43,9 @@ def installed(folder: Path, name: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.mark.parametrize("kind", authoring.KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("attack", "dataset") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_new_package_is_a_method_at_once(kind: str, bbmcl: Bbmcl, tmp_path: Path) -> None:
     made = bbmcl("new", kind, "two-words")
     assert made.returncode == 0, made.stderr
@@ -147,7 +153,7 @@ class Bad(Defense):
     [
         ("exit", "its process ended with status 7 after saying 'last words'"),
         ("hang", "took longer than 2 s; see --timeout"),
-        ("raise", "raised ZeroDivisionError at bad_defense.py:14: by nothing"),
+        pytest.param("raise", "raised ZeroDivisionError at bad_defense.py:14: by nothing", marks=pytest.mark.slow),
     ],
 )
 def test_a_check_that_dies_costs_that_check_alone(

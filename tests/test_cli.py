@@ -236,8 +236,8 @@ def test_a_dry_run_computes_and_writes_nothing(call: Call, finished: Path, tmp_p
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_json_on_stdout_is_pure(bbmcl: Bbmcl, reference: Reference) -> None:
-    done = bbmcl(*small.command(), "--runs", str(reference.runs), "--format", "json")
+def test_json_on_stdout_is_pure(process: Bbmcl, reference: Reference) -> None:
+    done = process(*small.command(), "--runs", str(reference.runs), "--format", "json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert done.stdout.startswith("[") and done.stdout.endswith("]\n")

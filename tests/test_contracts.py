@@ -279,7 +279,7 @@ def test_the_others_are_not(finished: tuple[Path, dict[str, Row]]) -> None:
     assert "suspect" not in inputs["same"].numerics["inputs"]
 
 
-@pytest.mark.parametrize("what", ["index", "content"])
+@pytest.mark.parametrize("what", ["index", pytest.param("content", marks=pytest.mark.slow)])
 def test_a_training_set_that_comes_out_otherwise_is_not_passed_off_as_the_victims(
     what: str, finished: tuple[Path, dict[str, Row]], tmp_path: Path
 ) -> None:

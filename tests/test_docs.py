@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import small
+import typed as command
 import typer.main
-from typer.testing import CliRunner
 
 import backdoorbench_mcl
 from backdoorbench_mcl import api, runner
@@ -236,11 +236,12 @@ TYPED = [line for page, line in COMMANDS if page == "docs/writing-a-plugin.md" a
 @pytest.mark.parametrize("line", TYPED)  # what `bbmcl new` makes is tried in test_authoring.py
 def test_its_commands_are_planned(demo: Path, line: str) -> None:
     words = shlex.split(line)
-    answer = CliRunner().invoke(app, [*words, "--dry-run"] if words[0] == "matrix" else words)
-    assert answer.exit_code == 0, answer.output
+    more = ("--dry-run",) if words[0] == "matrix" else ()
+    answer = command.typed(*words, *more, folder=demo, env=os.environ)
+    assert answer.returncode == 0, answer.stderr
     if "run.toml" in line:
-        assert "attacks badnets; defenses ft, smooth" in answer.output
-        assert "9 cells" in answer.output
+        assert "attacks badnets; defenses ft, smooth" in answer.stdout
+        assert "9 cells" in answer.stdout
 
 
 # ---------------------------------------------------------------- reference and citation

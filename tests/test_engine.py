@@ -147,6 +147,7 @@ def test_a_killed_training_resumes_to_the_same_weights(bench: Bench) -> None:
     assert resumed_at[0] % EPOCH == 0  # the end of an epoch
 
 
+@pytest.mark.slow  # test_power_loss.py tears the snapshots of a whole matrix
 def test_a_training_killed_once_and_a_torn_snapshot(bench: Bench) -> None:
     killed = run(bench.job(), kill_after=STEPS // 4)
     assert killed.state == "killed"
@@ -281,6 +282,7 @@ def test_leaving_the_engine_ends_its_jobs(bench: Bench) -> None:
     assert engine.free == 1
 
 
+@pytest.mark.slow  # test_matrix.py computes cells inline to the same bits
 def test_inline_gives_the_same_weights(bench: Bench) -> None:
     """In a process of its own: a job seeds, sets threads and so on for the process that it runs in."""
     child, inline = bench.job(snapshot="a", steps=10 * EPOCH), bench.job(snapshot="b", steps=10 * EPOCH)
@@ -411,10 +413,10 @@ def test_snapshots_are_not_written_more_often_than_asked(tmp_path: Path, monkeyp
     assert kept(4) == 3
 
 
-def test_a_temporary_folder_too_deep_for_a_socket_is_one_line(bbmcl: Bbmcl, tmp_path: Path) -> None:
+def test_a_temporary_folder_too_deep_for_a_socket_is_one_line(process: Bbmcl, tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
-    done = bbmcl(*small.command("badnets", "none"), TMPDIR=str(deep))
+    done = process(*small.command("badnets", "none"), TMPDIR=str(deep))
     assert done.returncode == 2
     assert "has too long a path for a socket" in done.stderr.splitlines()[-1]
     assert "set TMPDIR to a shorter one" in done.stderr.splitlines()[-1]

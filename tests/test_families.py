@@ -43,7 +43,11 @@ NETWORKS: list[tuple[str, int, Maps]] = [
     ("timm:convnext_atto", 64, [(40, 16), (80, 8), (160, 4), (320, 2)]),
     ("timm:deit_tiny_patch16_224", 64, []),
 ]
-MARKED = [pytest.param(*row, marks=[needs_timm] if row[0].startswith("timm") else []) for row in NETWORKS]
+SLOW = ("torchvision:swin_t", "torchvision:resnet50")  # others of their design are faster
+MARKED = [
+    pytest.param(*row, marks=[*[needs_timm] * row[0].startswith("timm"), *[pytest.mark.slow] * (row[0] in SLOW)])
+    for row in NETWORKS
+]
 
 
 def family(text: str) -> Family:
@@ -119,7 +123,10 @@ def test_network(text: str, side: int, maps: Maps) -> None:
     assert hooks(model) == hooks(other) == 0
 
 
-@pytest.mark.parametrize("text", ["torchvision:wide_resnet50_2", "torchvision:vgg11_bn", "torchvision:vit_b_32"])
+@pytest.mark.parametrize("text", [
+    pytest.param("torchvision:wide_resnet50_2", marks=pytest.mark.slow),
+    pytest.param("torchvision:vgg11_bn", marks=pytest.mark.slow), "torchvision:vit_b_32",
+])  # fmt: skip
 def test_large_networks_are_cut_at_the_right_places(text: str) -> None:
     """And have the library's names; the other checks would cost memory and seconds here."""
     model = build(text, (3, 32, 32)).eval()

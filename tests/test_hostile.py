@@ -83,8 +83,8 @@ def test_options_are_not_read_from_what_never_ends(tmp_path: Path, place: str) -
         presets.read_config(tmp_path / place, ())
 
 
-def test_escapes_in_a_name_do_not_reach_the_terminal(bbmcl: Bbmcl) -> None:
-    done = bbmcl("data", "check", "folder:\x1b]0;owned\x07\x1b[31mred")
+def test_escapes_in_a_name_do_not_reach_the_terminal(process: Bbmcl) -> None:
+    done = process("data", "check", "folder:\x1b]0;owned\x07\x1b[31mred")
     assert done.returncode == 2
     assert "no such folder" in done.stderr
     assert "\x1b" not in done.stderr

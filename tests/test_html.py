@@ -123,7 +123,7 @@ def test_a_thousand_cells_make_a_small_page() -> None:
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
 
-@pytest.mark.parametrize("repairs, points", [(1, 20), (8, 200)])
+@pytest.mark.parametrize("repairs, points", [(1, 20), pytest.param(8, 200, marks=pytest.mark.slow)])
 def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
     tmp_path: Path, repairs: int, points: int
 ) -> None:

@@ -127,6 +127,7 @@ def test_inline_gives_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: 
     assert small.essence([replace(row, isolation=isolated[0].isolation) for row in rows]) == small.essence(isolated)
 
 
+@pytest.mark.slow  # the order of one worker, above, is another one too
 def test_cells_computed_one_by_one_have_the_same_bits(finished: tuple[Path, list[Row]], tmp_path: Path) -> None:
     runs, rows = finished
     backwards = [(row.attack, row.defense) for row in reversed(rows) if row.defense != "before"]
@@ -220,10 +221,10 @@ OFFENCES = {
 }
 
 
-def test_offenders_fail_alone(finished: tuple[Path, list[Row]], bbmcl: Bbmcl) -> None:
+def test_offenders_fail_alone(finished: tuple[Path, list[Row]], process: Bbmcl, bbmcl: Bbmcl) -> None:
     runs, _ = finished
     offenders = ",".join(f"offender(how={how})" for how in OFFENCES)
-    done = bbmcl(
+    done = process(
         *small.command("badnets", f"ft,{offenders},offender(how=print),offender(how=walk-memory),mcldef"),
         "--runs", str(runs), "--timeout", "12", "--format", "json", "--workers", "2",
     )  # fmt: skip

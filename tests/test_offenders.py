@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import small
+from typed import typed
 
 from backdoorbench_mcl.rows import Row
 
@@ -54,31 +55,32 @@ class Site:
     env: dict[str, str]
 
     def bbmcl(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return typed(*arguments, folder=self.folder.parent, env={**self.env, **env})
+
+    def process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """As `bbmcl`, in a process of its own, whose streams are those of its jobs too."""
         command = [sys.executable, "-m", "backdoorbench_mcl", *arguments]
         return subprocess.run(
-            command,
-            cwd=self.folder.parent,
-            env={**self.env, **env},
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
+            command, cwd=self.folder.parent, env=self.env, capture_output=True, text=True, timeout=280, check=False
         )
 
     def matrix(
         self, defenses: str, *more: str, settings: tuple[str, ...] = SET, **env: str
     ) -> subprocess.CompletedProcess[str]:
+        return self.bbmcl(*self.words(defenses, *more, settings=settings), **env)
+
+    def words(self, defenses: str, *more: str, settings: tuple[str, ...] = SET) -> tuple[str, ...]:
         sets = [part for line in settings for part in ("--set", line)]
         base = ["--dataset", "tiny", "--model", "tiny-net", "--clean-rate", "0.2", "--format", "json"]
         limits = ["--timeout", "20", "--memory", "1.5", "--workers", "2", "--precision", "fp32"]
-        return self.bbmcl("matrix", "--attacks", "badnets", "--defenses", defenses, *base, *limits, *sets, *more, **env)
+        return ("matrix", "--attacks", "badnets", "--defenses", defenses, *base, *limits, *sets, *more)
 
 
 @pytest.fixture(scope="module")
 def site(toy_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = Path(shutil.copytree(OFFENDERS, tmp_path_factory.mktemp("site") / "offenders"))  # one of them writes there
     path = os.pathsep.join([str(folder), toy_env["PYTHONPATH"]])
-    return Site(folder, {**toy_env, "PYTHONPATH": path, "BBMCL_CACHE": str(tmp_path_factory.mktemp("cache"))})
+    return Site(folder, {**toy_env, "PYTHONPATH": path})
 
 
 Finished = tuple["subprocess.CompletedProcess[str]", dict[str, Row]]
@@ -87,7 +89,7 @@ Finished = tuple["subprocess.CompletedProcess[str]", dict[str, Row]]
 @pytest.fixture(scope="module")
 def matrix(site: Site) -> Finished:
     """All offenders and everything else against badnets: the process, and its rows by defense."""
-    done = site.matrix("all", "--runs", "runs")
+    done = site.process(*site.words("all", "--runs", "runs"))
     return done, {row.defense: row for row in map(Row.from_dict, json.loads(done.stdout))}
 
 

@@ -97,6 +97,7 @@ def test_a_mirrored_shape_is_the_same_shape(label: int) -> None:
     assert 0.1 < inside.mean() * (2402 / 1024) ** 2 / np.pi < 0.8  # of the circle of one radius
 
 
+@pytest.mark.slow  # a property of the images, whose hashes are pinned above
 def test_a_linear_probe_fails(arrays: Arrays) -> None:
     """Multinomial logistic regression on standardised raw pixels, at the better of two weight decays."""
     (x, y), (tx, ty) = ((torch.from_numpy(x).flatten(1).float(), torch.from_numpy(y)) for x, y in arrays.values())

@@ -150,8 +150,8 @@ def test_a_node_that_is_killed_costs_nothing(two: Two, here: Here, tmp_path: Pat
         two.add_second()
 
 
-def test_the_command_on_a_cluster_gives_the_same_rows(two: Two, here: Here, bbmcl: Bbmcl) -> None:
-    done = bbmcl(
+def test_the_command_on_a_cluster_gives_the_same_rows(two: Two, here: Here, process: Bbmcl) -> None:
+    done = process(
         *small.command("badnets", "none"), "--engine", "ray", "--address", two.address, "--format", "json",
         "--workers", "1",
     )  # fmt: skip
@@ -346,8 +346,8 @@ def test_drivers_that_end_leave_no_job(two: Two, here: Here, tmp_path: Path) -> 
         (("--engine", "ray", "--gpus-per-job", "0"), "--gpus-per-job 0.0: expected a share above 0"),
     ],
 )
-def test_a_cluster_that_cannot_be_used_is_one_line(bbmcl: Bbmcl, options: tuple[str, ...], line: str) -> None:
-    done = bbmcl(*small.command("badnets", "none"), *options)
+def test_a_cluster_that_cannot_be_used_is_one_line(process: Bbmcl, options: tuple[str, ...], line: str) -> None:
+    done = process(*small.command("badnets", "none"), *options)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"bbmcl: {line}")
     assert "Traceback" not in done.stderr and done.stdout == ""
