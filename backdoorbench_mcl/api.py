@@ -42,10 +42,12 @@ class Classifier(nn.Module, ABC):
     A subclass gives `features` and `head`; all else is built on them. Mean and std are non-persistent buffers, so
     the state dict has the network's own keys. Network forwards run under bf16 autocast when `precision` is
     "bf16"; outputs are float32 always, so that every loss is computed in float32 (design 3.7).
+    steady: False says that a forward counts, or decides in Python by more than shapes, so that no GPU may record it.
     """
 
     mean: Tensor
     std: Tensor
+    steady: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -202,7 +202,8 @@ def fit(
     what it does in between it does again. The curve is recorded as "loss, NAME". Example: `name="teacher"`.
 
     steady: `loss` does the same work on each batch of a size, as `Repeated` asks of a body, and does not look at
-    `batch.index`. On a GPU such steps are recorded and replayed: the same bits in a fraction of the time.
+    `batch.index`. On a GPU such steps are recorded and replayed, unless `model.steady` is False: the same bits in a
+    fraction of the time.
 
     Raises Diverged when, at the end of an epoch, the summed loss or a weight is no longer finite (checked once an
     epoch, because each check makes a GPU wait), and UserError when there are no images.
@@ -231,9 +232,10 @@ def fit(
         for point in curve:
             ctx.record(drawn, *point)
         ctx.log(f"resumed at step {step} of {total}{f' of {name}' if name else ''}")
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     none = torch.empty(0, dtype=torch.int64)  # indices, at which a steady loss does not look
-    repeated = Repeated(lambda x, y: (loss(Batch(x, y, none)),), learnt, ctx.log)
+    repeated = Repeated(
+        lambda x, y: (loss(Batch(x, y, none)),), list(model.parameters()), able=model.steady, say=ctx.log
+    )
 
     def gradients(batch: Batch) -> Tensor:
         if steady:

@@ -2,12 +2,13 @@
 
     bbmcl matrix --dataset shapes --model wrn-10-1 --budget quick --attacks badnets,...,none --defenses none --runs RUNS
     python benchmarks/detection.py RUNS OUT.jsonl [--purify] [--only ATTACK] [--budget quick] [--set ...]
-        [--shard 0/4] [--device cuda] [--isolation inline]
+        [--weak] [--shard 0/4] [--device cuda] [--isolation inline] [--threads 1]
+    python benchmarks/detection.py RUNS OUT.jsonl --rejudge
 
 Each victim is saved as a file of weights and scanned by the command, as a stranger would. `--purify` repairs what was
 found suspicious and measures with the attacker's own trigger, on test images that no command saw. A line for each
-model goes to OUT.jsonl; models that are in it already are not scanned again. A victim whose backdoor did not take (its
-row is under the gate) is left out. At the end a table: alarms, labels, ROC.
+model goes to OUT.jsonl; models that are in it already are not scanned again. A victim whose backdoor did not
+take (its row is `weak`) is left out unless `--weak` is given. At the end a table: alarms, labels, ROC.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from backdoorbench_mcl.store import Stage, Store
 CLEAN = "none"
 
 
-def victims(store: Store) -> Iterator[tuple[Stage, dict[str, Any]]]:
+def victims(store: Store, weak: bool = False) -> Iterator[tuple[Stage, dict[str, Any]]]:
     """Every trained victim with what its row says of it: attack, seed, target, asr, ba."""
     rows = {row.stages["model"]: row for row in store.rows() if row.defense == "before"}
     for stage in store.stages():
         if stage.kind == "train" and stage.key in rows:
             row = rows[stage.key]
-            if row.gate != "ok" and row.attack != CLEAN:
+            if row.gate == "weak" and not weak:
                 continue
             yield stage, {"attack": row.attack, "seed": row.victim_seed, "target": row.target, "asr": row.asr,
                           "ba": row.ba, "gate": row.gate, "model": row.model, "dataset": row.dataset}  # fmt: skip
@@ -129,6 +130,8 @@ def judged_again(line: dict[str, Any]) -> dict[str, Any]:
     """A line with the verdict as it is now on the sizes that its quick searches found; that a full search of what
     stands out would work is taken for granted.
     """
+    if not line["labels"]:
+        return line
     found: list[verdict.Standing] = []
     kinds = list(dict.fromkeys(one["kind"] for one in line["labels"]))
     for kind in kinds:
@@ -217,7 +220,8 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th model, from the I-th on")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--isolation", default="auto")
-    parser.add_argument("--threads", type=int, help="of a job that runs alone, beside other work")
+    parser.add_argument("--threads", type=int, help="threads of each job; default: the command's")
+    parser.add_argument("--weak", action="store_true", help="scan victims whose backdoor did not take as well")
     parser.add_argument("--purify", action="store_true")
     parser.add_argument("--rejudge", action="store_true", help="scan nothing: the verdict of now on the sizes in OUT")
     options = parser.parse_args()
@@ -228,7 +232,7 @@ def main() -> None:
     known = {line["key"] for line in done}
     store = Store(options.runs)
     start, every = (int(part) for part in options.shard.split("/"))
-    for stage, about in list(victims(store))[start::every]:
+    for stage, about in list(victims(store, options.weak))[start::every]:
         if stage.key in known or not about["attack"].startswith(options.only):
             continue
         line = look(stage, about, store, options)

@@ -46,7 +46,7 @@ def train(device: str, precision: str, batch: int, seconds: float, ready: Barrie
     def run(steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             recipe = Recipe(steps=steps, batch=batch, lr=0.01)
-            kit.fit(network, images, context(Context, setting, Path(folder)), loss, recipe=recipe)
+            kit.fit(network, images, context(Context, setting, Path(folder)), loss, recipe=recipe, steady=True)
 
     run(10)
     ready.wait(timeout=120)

@@ -28,6 +28,16 @@ def test_a_step_sets_gradients_and_keeps_no_graph() -> None:
     assert float(one.grad) == 5.0  # not added to the gradient before
 
 
+def test_a_frozen_parameter_with_an_old_gradient_is_left_alone(tmp_path: Path) -> None:
+    model = TinyNet().train()
+    model.conv1.weight.requires_grad_(False)
+    model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
+    before = model.conv1.weight.clone()
+    context = make_context(tmp_path, 1, api.Recipe(epochs=1, batch=16))
+    kit.fit(model, make_images(40), context, lambda batch: F.cross_entropy(model(batch.x), batch.y), steady=True)
+    assert torch.equal(model.conv1.weight, before)
+
+
 def test_a_steady_training_is_the_same_training(tmp_path: Path) -> None:
     def trained(steady: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)

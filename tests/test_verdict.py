@@ -116,6 +116,16 @@ def test_searches_that_failed_are_left_out() -> None:
     assert all(one.chance is None for one in verdict.standings(sized(5.0, 6.0), 1)), "one other is no sample"
 
 
+@pytest.mark.parametrize("size, success", [(0.0, 5.0), (0.3, 5.0), (2000.0, 5.0)])
+def test_a_search_that_gave_up_hides_nobody(size: float, success: float) -> None:
+    sizes = (8.0, size, *OTHERS[1:])
+    found = verdict.standings(Sized("patch", sizes, (100.0, success, *[100.0] * 8)), 2)
+    largest = verdict.standings(sized(8.0, max(OTHERS[1:]), *OTHERS[1:]), 2)
+    assert found[0].chance == pytest.approx(largest[0].chance)
+    assert [one.label for one in verdict.suspects(found)] == [0]
+    assert all(one.chance is None for one in verdict.standings(sized(*OTHERS, success=5.0), 1)), "none got further"
+
+
 # ---------------------------------------------------------------- rulings
 
 
@@ -170,7 +180,7 @@ def test_two_small_labels_that_hide_each_other_are_not_called_clean() -> None:
     found = verdict.standings(sized(5.0, 5.5, *OTHERS[1:]), 2)
     assert verdict.suspects(found) == []
     ruling = verdict.rule(10, found, [])
-    assert ruling.call == "undecided" and "(0, 1)" in ruling.reason
+    assert ruling.call == "undecided" and "labels 0, 1 need" in ruling.reason
 
 
 @pytest.mark.parametrize("value, text", [(0.00012, "8,300"), (0.5, "2"), (1e-30, "1,000,000,000"), (None, "1")])

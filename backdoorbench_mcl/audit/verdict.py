@@ -45,9 +45,10 @@ class Sized:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a label stands out. index: Neural Cleanse's anomaly index of its size, in median deviations, negative
-    above the median; ratio: of the size to the median of the others; chance: that a clean model has such a label, over
-    all labels and kinds, in 0..1. None where there is nothing to compare.
+    """How far a label stands out. size: as it was found; the rest is of the size at equal success. index: Neural
+    Cleanse's anomaly index, in median deviations, negative above the median; ratio: to the median of the others;
+    chance: that a clean model has such a label, over all labels and kinds, in 0..1. None where there is nothing to
+    compare.
     """
 
     kind: str
@@ -68,17 +69,34 @@ def effective(size: float | None, success: float | None, classes: int) -> float 
     """
     if size is None or success is None or not math.isfinite(size):
         return None
-    guess = math.log(max(classes, 2) - 1)
-    least = 100 / max(classes, 2) + 1  # a search that does no better than a guess: nearly no way
-    reached, wanted = (math.log(p / (100 - p)) + guess for p in (min(max(success, least), WHOLE), WHOLE))
+    start = math.log(max(classes, 2) - 1)
+    share = min(max(success, _guess(classes)), WHOLE)
+    reached, wanted = (math.log(p / (100 - p)) + start for p in (share, WHOLE))
     return max(size, 1e-6) * wanted / reached
+
+
+def _compared(found: Sized) -> list[float | None]:
+    """The sizes at equal success. A search that did no better than a guess tells of no size, only that the label is
+    hard to reach: it counts as the largest of those that got further; None where none did.
+    """
+    classes = len(found.size)
+    sizes = [effective(*pair, classes) for pair in zip(found.size, found.success, strict=True)]
+    lost = [success is not None and success <= _guess(classes) for success in found.success]
+    further = [size for size, is_lost in zip(sizes, lost, strict=True) if size is not None and not is_lost]
+    most = max(further, default=None)
+    return [most if size is not None and is_lost else size for size, is_lost in zip(sizes, lost, strict=True)]
+
+
+def _guess(classes: int) -> float:
+    """% of the images, and one to spare, that reach a label by a guess among the classes."""
+    return 100 / max(classes, 2) + 1
 
 
 def standings(found: Sized, kinds: int) -> list[Standing]:
     """How far each label stands out among those of its kind; kinds: how many there are, each of which could raise an
     alarm.
     """
-    sizes = [effective(*pair, len(found.size)) for pair in zip(found.size, found.success, strict=True)]
+    sizes = _compared(found)
     known = {label: math.log(size) for label, size in enumerate(sizes) if size is not None}
     middle = float(np.median(list(known.values()))) if known else 0.0
     away = dict(zip(known, anomaly_index([math.exp(value) for value in known.values()]) if known else (), strict=True))
@@ -157,8 +175,9 @@ def rule(classes: int, found: Sequence[Standing], confirmed: Sequence[float | No
         return Ruling("undecided", f"label {one.label} stands out a little, as in 1 of {rarity(one.chance)}", one)
     hidden = [one for one in found if _small(one) and (one.index or 0) > HIDDEN and (one.ratio or 1) < TINY]
     if hidden:
-        labels = ", ".join(str(one.label) for one in hidden)
-        return Ruling("undecided", f"several labels are small together ({labels}): no test tells them apart", hidden[0])
+        labels = sorted({one.label for one in hidden})
+        who = f"label {labels[0]} needs" if len(labels) == 1 else f"labels {', '.join(map(str, labels))} need"
+        return Ruling("undecided", f"{who} little, which the test cannot tell from the spread of the others", hidden[0])
     missing = sorted({one.label for one in found if one.chance is None})
     if missing:
         return Ruling("undecided", f"the searches for {len(missing)} of {classes} labels gave nothing to compare")

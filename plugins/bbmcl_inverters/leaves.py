@@ -74,9 +74,9 @@ class Leaves:
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
 
-    def steps(self, loss: Callable[..., tuple[Tensor, ...]], say: Callable[[str], None]) -> Repeated:
-        """`loss` as what `descend` takes: see `Repeated`. No parameter of a network in it may take a gradient."""
-        return Repeated(loss, list(self.values.values()), say)
+    def steps(self, loss: Callable[..., tuple[Tensor, ...]], model: Classifier, ctx: Context) -> Repeated:
+        """`loss`, which asks `model`, as what `descend` takes: see `Repeated`. The model's parameters are frozen."""
+        return Repeated(loss, list(self.values.values()), able=model.steady, say=ctx.log)
 
     def descend(self, step: Repeated, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One step down the first of the scalars of `step`; returns all of them, valid until the next."""
@@ -111,6 +111,11 @@ class Leaves:
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = value
         self.adam.load_state_dict({**self.adam.state_dict(), "state": state})
+
+
+def put(place: Tensor, value: float) -> None:
+    """Set a scalar of float32 in place; what is too large for it becomes infinite, as in a product with a number."""
+    place.copy_(torch.tensor(value, dtype=torch.float64))
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

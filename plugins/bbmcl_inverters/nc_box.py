@@ -190,7 +190,7 @@ class NCBox(Inverter):
         def loss(x: Tensor) -> tuple[Tensor, Tensor]:
             return objective(model, x, search.mask, box.pixels(search.pattern), target, self.lam)
 
-        descent = Repeated(loss, [search.mask, search.pattern], ctx.log)
+        descent = Repeated(loss, [search.mask, search.pattern], able=model.steady, say=ctx.log)
         while search.step < total and search.stale <= self.patience:
             self._one_pass(descent, ctx, box, search, total)
             ctx.snapshot.save(search.tensors(ctx.rng), search.meta())

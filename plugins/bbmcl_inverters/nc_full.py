@@ -47,7 +47,7 @@ from backdoorbench_mcl.api import (
 )
 from backdoorbench_mcl.kit import anomaly_index
 
-from .leaves import TINY, Dial, Leaves, half_tanh, ready, under
+from .leaves import TINY, Dial, Leaves, half_tanh, put, ready, under
 from .nc_box import objective
 
 MOMENTS = (0.5, 0.9)
@@ -327,11 +327,11 @@ class NCFull(Inverter):
             mask, pattern = squash(search.leaves["mask"]), squash(search.leaves["pattern"])
             return *objective(model, x, mask, pattern, target, cost), mask.detach().sum()
 
-        descent = search.leaves.steps(loss, ctx.log)
+        descent = search.leaves.steps(loss, model, ctx)
         while search.step < limit and not search.schedule.stopped:
             sums = torch.zeros(3, device=ctx.device)  # loss, success, norm
             weight = search.schedule.cost
-            cost.fill_(weight)
+            put(cost, weight)
             for number in range(self.batches):
                 x = search.batch(ctx.clean, self.batch, ctx)
                 sums += torch.stack(search.leaves.descend(descent, x))

@@ -33,7 +33,7 @@ from backdoorbench_mcl.api import (
 )
 from backdoorbench_mcl.kit import Repeated
 
-from .leaves import Additive, Dial, Leaves, half_tanh, one_pass, ready, under
+from .leaves import Additive, Dial, Leaves, half_tanh, one_pass, put, ready, under
 
 SMALLEST = 1 / 255  # one grey level
 MOMENTS = (0.5, 0.9)
@@ -160,9 +160,9 @@ class Pixel(Inverter):
             search.restore(*saved, ctx.rng)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
         cost = torch.zeros((), device=ctx.device)  # a tensor: recorded steps read it anew
-        descent = leaves.steps(lambda x: objective(model, x, leaves["plus"], leaves["minus"], target, cost), ctx.log)
+        descent = leaves.steps(lambda x: objective(model, x, leaves["plus"], leaves["minus"], target, cost), model, ctx)
         while search.step < total:
-            cost.fill_(search.dial.cost)
+            put(cost, search.dial.cost)
             self._one_pass(descent, ctx, search, total)
             ctx.snapshot.save(search.tensors(ctx.rng), search.meta())
         return Additive(search.pattern())

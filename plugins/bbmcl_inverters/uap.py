@@ -62,7 +62,7 @@ class UAP(Inverter):
         """
         shape = ready(self.name, model, ctx.clean)
         leaves = Leaves({"delta": torch.zeros(shape, device=ctx.device)}, self.lr)
-        descent = leaves.steps(lambda x: objective(model, x, leaves["delta"], target, self.weight), ctx.log)
+        descent = leaves.steps(lambda x: objective(model, x, leaves["delta"], target, self.weight), model, ctx)
         total = self.steps if self.steps is not None else self.epochs * -(-len(ctx.clean) // self.batch)
         step = 0
         saved = ctx.snapshot.load()
