@@ -1,4 +1,4 @@
-"""What the detection benchmark makes of stored scans: the verdict of now on their sizes, and the counts of its table."""
+"""What the detection benchmark makes of stored scans: the verdict of now on their sizes, the counts of its table."""
 
 from __future__ import annotations
 
