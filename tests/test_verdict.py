@@ -126,6 +126,15 @@ def test_a_search_that_gave_up_hides_nobody(size: float, success: float) -> None
     assert all(one.chance is None for one in verdict.standings(sized(*OTHERS, success=5.0), 1)), "none got further"
 
 
+def test_a_trigger_that_is_large_as_found_is_never_a_suspect() -> None:
+    """A clean network of the tests: one label reached with all images, by the largest perturbation of all."""
+    size, success = (4.56, 4.31, 4.08, 4.62, 3.93, 4.34, 4.38, 5.2), (12.0, 74.0, 77.0, 73.0, 71.0, 73.0, 72.0, 100.0)
+    found = verdict.standings(Sized("additive", size, success), 2)
+    assert found[7].chance is not None and found[7].chance < 0.01
+    assert found[7].ratio == pytest.approx(5.2 / 4.34)
+    assert verdict.suspects(found) == []
+
+
 # ---------------------------------------------------------------- rulings
 
 

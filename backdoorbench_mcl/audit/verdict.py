@@ -12,7 +12,7 @@ over an image has no small mask, and one in three pixels no small norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,9 +46,9 @@ class Sized:
 @dataclass(frozen=True)
 class Standing:
     """How far a label stands out. size: as it was found; the rest is of the size at equal success. index: Neural
-    Cleanse's anomaly index, in median deviations, negative above the median; ratio: to the median of the others;
-    chance: that a clean model has such a label, over all labels and kinds, in 0..1. None where there is nothing to
-    compare.
+    Cleanse's anomaly index, in median deviations, negative above the median; ratio: to the median of the others, as
+    found or at equal success, whichever is larger, so that no guess at a size makes a large trigger small; chance: that
+    a clean model has such a label, over all labels and kinds, in 0..1. None where there is nothing to compare.
     """
 
     kind: str
@@ -98,6 +98,7 @@ def standings(found: Sized, kinds: int) -> list[Standing]:
     """
     sizes = _compared(found)
     known = {label: math.log(size) for label, size in enumerate(sizes) if size is not None}
+    raw = {label: math.log(max(found.size[label] or 0.0, 1e-6)) for label in known}
     middle = float(np.median(list(known.values()))) if known else 0.0
     away = dict(zip(known, anomaly_index([math.exp(value) for value in known.values()]) if known else (), strict=True))
     out = []
@@ -106,10 +107,15 @@ def standings(found: Sized, kinds: int) -> list[Standing]:
         index = ratio = chance = None
         if label in known and len(others) >= 2:
             index = away[label] if known[label] <= middle else -away[label]
-            ratio = math.exp(known[label] - float(np.median(others)))
+            ratio = math.exp(max(_above(label, known), _above(label, raw)))
             chance = min(1.0, tail(known[label], others) * len(known) * kinds)
         out.append(Standing(found.kind, label, size, found.success[label], index, ratio, chance))
     return out
+
+
+def _above(label: int, logs: Mapping[int, float]) -> float:
+    """How far the logarithm of a label's size lies above the median of the others'."""
+    return logs[label] - float(np.median([value for other, value in logs.items() if other != label]))
 
 
 def tail(value: float, others: Sequence[float]) -> float:
