@@ -101,7 +101,7 @@ context = api.InverterContext(
     rng=torch.Generator().manual_seed(2), device=torch.device("cpu"), workdir=None, classes=4, log=lambda line: None,
     tick=lambda *a: None, snapshot=No(), recipe=api.Recipe(), augment=None, clean=api.Images(x, torch.full((64,), -1)),
 )
-found = NCBox(steps=5).invert(model, 1, context)
+found = NCBox(steps=20).invert(model, 1, context)
 print(json.dumps({"tiny": int(((tiny > 0) & (tiny < 1e-38)).sum()), "mask": found.mask.tolist(),
                   "pattern": found.pattern.tolist()}))
 """

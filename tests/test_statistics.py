@@ -103,7 +103,7 @@ def test_no_test_that_cannot_fire() -> None:
     assert s.mcnemar(6, 0) == pytest.approx(2 / 64)
 
 
-@settings(max_examples=10)  # statsmodels takes a tenth of a second for each
+@settings(max_examples=25)  # statsmodels takes a tenth of a second for each
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_against_statsmodels(p: list[float]) -> None:
     assert s.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))

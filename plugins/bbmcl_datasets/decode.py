@@ -22,6 +22,7 @@ from PIL import Image
 from backdoorbench_mcl.api import MixedSizes, UserError
 
 FORMATS = ("PNG", "JPEG", "PPM", "BMP")  # a short list: every further decoder is attack surface
+TEST_NAMES = ("test", "val", "validation")  # of a split, the first that is there
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp"})
 MAX_PIXELS = 64_000_000  # decompression-bomb guard, below the size at which PIL itself only warns
 MAX_BYTES = 256 << 20  # of an encoded image: MAX_PIXELS take 192 MB where nothing is compressed

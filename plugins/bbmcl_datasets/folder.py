@@ -29,6 +29,7 @@ from .decode import (
     MAX_BYTES,
     MAX_CLASSES,
     SUFFIXES,
+    TEST_NAMES,
     argument,
     decode,
     locate,
@@ -38,8 +39,6 @@ from .decode import (
     stay_inside,
     whole_if,
 )
-
-TEST_NAMES = ("test", "val", "validation")
 
 
 class Listing(NamedTuple):

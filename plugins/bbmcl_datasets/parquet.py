@@ -29,6 +29,7 @@ from backdoorbench_mcl.kit import statistics
 from .decode import (
     MAX_BYTES,
     MAX_CLASSES,
+    TEST_NAMES,
     argument,
     decode,
     locate,
@@ -41,7 +42,6 @@ from .decode import (
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
-TEST_NAMES = ("test", "val", "validation")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 MAX_ROWS = 1 << 24  # of a pool, drawn from by an index of 8 bytes each: a file of 1 kB may claim any number
 _ROWS = 256  # rows turned into Python objects at a time
