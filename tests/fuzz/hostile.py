@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from backdoorbench_mcl.errors import BbmclError
 
-EXAMPLES = int(os.environ.get("BBMCL_FUZZ", "20"))
+EXAMPLES, SHORT = int(os.environ.get("BBMCL_FUZZ", "20")), "BBMCL_FUZZ" not in os.environ
 SECONDS = 10  # a parser that needs more for a few kB hangs
 ROOM = 3 << 30  # bytes of address space on top of what the interpreter, torch and pyarrow have reserved
 
@@ -36,11 +36,13 @@ NASTY = (
 )  # fmt: skip
 
 
-def fuzzed(share: float = 1.0) -> settings:
-    """The settings of a target. share: of the examples, for one whose examples take long."""
+def fuzzed(share: float = 1.0, each: int = 1) -> settings:
+    """The settings of a target. share: of the few examples, for one whose examples take long; of many it has all.
+    each: how many inputs an example holds.
+    """
     return settings(
-        max_examples=max(5, int(EXAMPLES * share)), deadline=None, database=None,
-        derandomize="BBMCL_FUZZ" not in os.environ, suppress_health_check=list(HealthCheck),
+        max_examples=max(5, int(EXAMPLES * share)) if SHORT else -(-EXAMPLES // each), deadline=None, database=None,
+        derandomize=SHORT, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hostile import bounded, contained, fuzzed, listing, mutated, nasty_json, nasty_text  # noqa: F401 (bounded: a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import encode, pixels, write_folder, write_parquet, write_pickles, write_signs
 from PIL import Image
 
+from backdoorbench_mcl.api import Dataset
 from bbmcl_datasets import cifar, decode, gtsrb
 from bbmcl_datasets.folder import Folder
 from bbmcl_datasets.parquet import Parquet
@@ -88,6 +90,14 @@ def _entry(path: Path, kind: str, data: bytes) -> None:
         path.symlink_to(goals[kind])
 
 
+def _pooled(dataset: Dataset) -> None:
+    """The same images for a scan, which takes a folder without a split or without labels, too."""
+    with contained():
+        found = dataset.pool(None, lambda count: torch.arange(count)[:3])
+        assert 1 <= len(found.images) <= 3
+        assert found.names is None or found.images.y.max() < len(found.names)
+
+
 @fuzzed(0.3)
 @given(
     st.dictionaries(
@@ -118,6 +128,7 @@ def test_any_folder_is_loaded_or_refused(place: Path, tree: dict[Any, Any], data
         with contained():
             images = dataset.load(split, None)
             assert images.y.max() < dataset.classes
+    _pooled(dataset)
     assert listing(place.parent) == before
 
 
@@ -151,6 +162,8 @@ def test_any_parquet_file_is_loaded_or_refused(place: Path, parquets: list[bytes
         with contained():
             images = dataset.load(split, None)
             assert images.y.max() < dataset.classes <= decode.MAX_CLASSES
+    _pooled(dataset)
+    _pooled(Parquet(path=str(place / "train.parquet")))
 
 
 @fuzzed(0.5)
@@ -182,6 +195,7 @@ def test_any_table_is_loaded_or_refused(
     for split in SPLITS:
         with contained():
             dataset.load(split, None)
+    _pooled(dataset)
 
 
 @fuzzed(0.5)

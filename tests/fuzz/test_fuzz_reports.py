@@ -29,6 +29,14 @@ TUPLES = ("knows", "strays", "changed", "overrides")
 NUMBERS = [f.name for f in fields(Row) if str(f.type).startswith(("float", "int"))]
 
 
+BASES = [
+    make("badnets", "before", 99.0, 83.0), make("badnets", "ft", 5.0, 80.0), make("sig", "ft", state="failed"),
+    *(make("badnets", name, 5.0, 80.0, victim=seed) for name in ("before", "nad") for seed in (1, 2)),
+    *(make("sig", name, state="n/a") for name in ("nc", "mcldef")), make("none", "ft", 0.0, 82.0),
+]  # fmt: skip
+ROWS = len(BASES)
+
+
 def numbers(name: str) -> st.SearchStrategy[Any]:
     whole = next(str(f.type) for f in fields(Row) if f.name == name).startswith("int")
     wild = st.integers(-(2**63), 2**63 - 1)
@@ -43,11 +51,7 @@ def hostile_rows(draw: st.DrawFn) -> list[Row]:
     sections = st.sampled_from(["attack", "defense", "train", "model", "control", "needs x", "exclude_poisoned"])
     value = st.one_of(nasty_json(), st.dictionaries(nasty_text(), nasty_json(), max_size=2))
     params = st.dictionaries(st.one_of(sections, nasty_text()), value, max_size=3)
-    for base in (
-        make("badnets", "before", 99.0, 83.0),
-        make("badnets", "ft", 5.0, 80.0),
-        make("sig", "ft", state="failed"),
-    ):
+    for base in BASES:
         odd = {name: draw(nasty_text()) for name in draw(st.lists(st.sampled_from(TEXTS), max_size=4, unique=True))}
         for name in draw(st.lists(st.sampled_from(TUPLES), max_size=2, unique=True)):
             odd[name] = tuple(draw(st.lists(nasty_text(), max_size=2)))
@@ -87,7 +91,7 @@ KNOWN = {tag for tag, _ in Tags(page([make("badnets", "before", 99.0, 83.0), mak
                                       make("sig", "ft", state="failed")])).found}  # fmt: skip
 
 
-@fuzzed(0.1)
+@fuzzed(0.1, ROWS)
 @given(hostile_rows())
 def test_a_table_for_the_terminal_steers_no_terminal(rows: list[Row]) -> None:
     with contained():
@@ -97,7 +101,7 @@ def test_a_table_for_the_terminal_steers_no_terminal(rows: list[Row]) -> None:
         assert not hidden(re.sub(r"\x1b\[[0-9;]*m", "", coloured))
 
 
-@fuzzed(0.1)
+@fuzzed(0.1, ROWS)
 @given(hostile_rows())
 def test_documents_hold_no_markup_of_others(rows: list[Row]) -> None:
     with contained():
@@ -112,7 +116,7 @@ def test_documents_hold_no_markup_of_others(rows: list[Row]) -> None:
         assert text.count(r"\end{document}") == 0
 
 
-@fuzzed(0.1)
+@fuzzed(0.1, ROWS)
 @given(hostile_rows())
 def test_records_come_back(rows: list[Row]) -> None:
     with contained():
@@ -129,7 +133,7 @@ def test_records_come_back(rows: list[Row]) -> None:
         assert not [cell for record in found for cell in record if cell[:1] in "=@" and cell]
 
 
-@fuzzed(0.05)
+@fuzzed(0.05, ROWS)
 @given(hostile_rows(), nasty_text())
 def test_a_page_holds_no_markup_of_others(rows: list[Row], title: str) -> None:
     with contained():
