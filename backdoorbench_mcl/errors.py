@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from .text import one_line
+
 
 class BbmclError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Root of all errors that this package raises on purpose; its text is one printable line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UserError(BbmclError):

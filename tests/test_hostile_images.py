@@ -75,6 +75,15 @@ def test_what_is_no_image_file_is_named_at_once(tmp_path: Path, spoil: Callable[
         kit.read_file(where / "zzz.png", 1 << 20)
 
 
+def test_names_of_files_do_not_break_the_line_of_a_message(tmp_path: Path) -> None:
+    """Found by fuzzing: a name may hold line ends and escapes, and what Python raises is printed by others, too."""
+    (tmp_path / "a\n\x1b[31mb\u202e").mkdir()
+    with pytest.raises(UserError) as caught:
+        Folder(path=str(tmp_path)).pool(None)
+    assert str(caught.value).isprintable()
+    assert str(caught.value).startswith(f"{tmp_path}/a b: no image in it; expected files")
+
+
 def test_a_data_set_with_absurdly_many_classes_is_refused(tmp_path: Path) -> None:
     """A label of 10^12 made as many counters."""
     write_parquet(tmp_path, pixels(8, 2), pixels(8, 2))
