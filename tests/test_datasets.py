@@ -120,6 +120,24 @@ def test_a_hostile_pickle_runs_nothing_and_is_named(tmp_path: Path, hostile: Cal
     assert not mark.exists()
 
 
+def test_a_pickle_of_a_few_bytes_takes_no_gigabytes(tmp_path: Path) -> None:
+    """Found by fuzzing: 17 bytes took two of them, and three seconds."""
+    path = tmp_path / "test_batch"
+    path.write_bytes(b"\x80\x02Nr" + (1 << 28).to_bytes(4, "little") + b".")
+    with pytest.raises(UserError, match="remembers 2 things at most, one of them under 268,435,456"):
+        read_batch(path, "labels")
+
+
+def test_labels_that_are_lists_of_lists_are_not_unfolded(tmp_path: Path) -> None:
+    path = tmp_path / "test_batch"
+    labels: list[Any] = [0]
+    for _ in range(60):
+        labels = [labels, labels]
+    path.write_bytes(pickle.dumps({"labels": labels, "data": np.zeros((2, 3072), np.uint8)}, 4))
+    with pytest.raises(UserError, match="has 2 images and no list of as many whole numbers under 'labels'"):
+        read_batch(path, "labels")
+
+
 def test_a_pickle_cannot_alter_the_reader(tmp_path: Path) -> None:
     """BUILD writes a state into an object; the stand-ins for numpy's names are reachable, but not to be written."""
     path = tmp_path / "test_batch"

@@ -138,6 +138,27 @@ def test_a_column_that_ends_early_is_not_half_a_data_set(tmp_path: Path) -> None
         Parquet(path=str(tmp_path)).load("train", None)
 
 
+def test_text_that_is_none_is_named(tmp_path: Path) -> None:
+    """Found by fuzzing: Arrow takes any bytes for text until Python asks for it."""
+    images = [encode(image) for image in pixels(2)[0]]
+    names = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(struct.pack("<3i", 0, 1, 2)), pa.py_buffer(b"\xb1a")]
+    )
+    column = pa.StructArray.from_arrays([pa.array(images, pa.binary()), names], ["bytes", "path"])
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"img": column, "label": pa.array([0, 1])}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"cannot be read to its end .*can't decode byte 0xb1"):
+        Parquet(path=str(tmp_path)).find(None)
+
+
+def test_columns_whose_names_are_no_text_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path, pixels(4, 2), pixels(4, 2))
+    (file,) = tmp_path.glob("train*")
+    file.write_bytes(file.read_bytes().replace(b"label", b"\xb1abel"))
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        Parquet(path=str(tmp_path)).find(None)
+
+
 def test_labels_of_absurdly_many_digits_are_named(tmp_path: Path) -> None:
     write_signs(tmp_path / "GTSRB" / "Final_Training" / "Images")
     test = tmp_path / "GTSRB" / "Final_Test" / "Images"

@@ -14,7 +14,9 @@ without the target class 83.01, and ASR 99.64 (spec 1.2); JPEG copies cost model
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +25,11 @@ import numpy.typing as npt
 import torch
 
 from backdoorbench_mcl.api import Dataset, Images, Source, UserError
+from backdoorbench_mcl.kit import read_file
 
 from . import parquet
+
+MAX_BATCH = 1 << 30  # bytes of a file; CIFAR-100's training file has 155 million
 
 # ---------------------------------------------------------------- pickles that run nothing
 
@@ -94,19 +99,30 @@ class _Unpickler(pickle.Unpickler):
         return _ADMITTED[module, name]
 
 
+def _require_modest(data: bytes) -> None:
+    """Raises UnpicklingError where an unpickler would reserve memory for what is not there: its memo is an array as
+    long as the largest number that a pickle of a few bytes puts something under.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise pickle.UnpicklingError(f"remembers {count:,} things at most, one of them under {argument:,}")
+
+
 def read_batch(path: Path, label: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """One pickled batch -> uint8 (N, 3, 32, 32) and the labels under the key `label`, int64 (N,).
 
     Raises UserError naming the file when it cannot be read, is no such batch, or asks for anything but arrays.
     """
+    content = read_file(path, MAX_BATCH)
     try:
-        with path.open("rb") as file:
-            batch = _Unpickler(file, encoding="bytes").load()
+        _require_modest(content)
+        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         x = named["data"].values.reshape(-1, 3, 32, 32)
-        y = np.array(named[label])
-        if y.dtype != np.int64 or y.shape != x.shape[:1]:
-            raise ValueError(f"{y.dtype} labels {y.shape} for {len(x)} images")
+        numbers = named[label]
+        if not isinstance(numbers, list) or len(numbers) != len(x) or not all(type(n) is int for n in numbers):
+            raise ValueError(f"has {len(x)} images and no list of as many whole numbers under {label!r}")
+        y = np.array(numbers, np.int64)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise UserError(
             f"{path}: not a readable CIFAR batch ({type(error).__name__}: {error}); fetch it again"

@@ -105,8 +105,10 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: is no ordinary file; expected a Parquet file")
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path)
+        _ = file.schema_arrow.names  # which need not be text
+        return file
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
 
 
@@ -123,7 +125,7 @@ def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for batch in file.iter_batches(at_once, columns=list(names)):
             yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
             count += len(batch)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:  # text that is none, dates out of range
         raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error
     if count != file.metadata.num_rows:  # a damaged page may end a column without an error
         raise UserError(f"{path}: has {count} readable rows of {file.metadata.num_rows}; is it complete?")
