@@ -16,7 +16,7 @@ import small
 from conftest import Reference
 from test_ledger import harm
 
-from backdoorbench_mcl import runner
+from backdoorbench_mcl import remarks, runner
 from backdoorbench_mcl.artefacts import Damaged
 from backdoorbench_mcl.runner import Settings
 from backdoorbench_mcl.store import Store
@@ -72,14 +72,19 @@ def test_the_next_run_makes_again_what_it_needs(
     for _ in range(max(1, LOSSES // 6)):
         where = damage(copied, kind, rng)
         store = Store(copied, lambda line: None)
-        for stage in store.stages():
+        stored = store.stages()
+        for stage in stored:
             if stage.kind == "predict":
                 store.forget(stage.key)
         store.close()
         with sqlite3.connect(copied / "store.sqlite") as db:
             db.execute("DELETE FROM row")
         rows = runner.run_matrix(small.options(), Settings(runs=copied, workers=2, threads=1), live=False)
-        assert small.essence(rows) == small.essence(reference.rows), where
+        found, wanted = small.essence(rows), small.essence(reference.rows)
+        if any(stage.kind == "invert" and stage.artefact == where[0].parent.name for stage in stored):
+            # its repair is there, so it is not searched for again, and how good it was is not known any more
+            found, wanted = ([{**row, **remarks.inversion({})} for row in part] for part in (found, wanted))
+        assert found == wanted, where
         store = Store(copied, pytest.fail)
         for stage in store.stages():
             assert stage.artefact == reference.artefacts[stage.key], where
