@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from html.parser import HTMLParser
 from typing import Any
 
-from hostile import bounded, contained, fuzzed, nasty_json, nasty_text  # noqa: F401 (bounded: a fixture)
+from hostile import SECONDS, bounded, contained, fuzzed, nasty_json, nasty_text  # noqa: F401 (bounded: a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
 from made import make
@@ -136,7 +136,7 @@ def test_records_come_back(rows: list[Row]) -> None:
 @fuzzed(0.05, ROWS)
 @given(hostile_rows(), nasty_text())
 def test_a_page_holds_no_markup_of_others(rows: list[Row], title: str) -> None:
-    with contained():
+    with contained(6 * SECONDS):  # each data set and network has figures of its own: 20 at most, of half a second
         text = page(rows, title=title)
         text.encode()  # or it could not be written
         tags = Tags(text)
