@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import pickles
 from .api import Augment, Augmentation, Batch, Classifier, Context, Images, Recipe, Snapshot
 from .errors import Diverged, UserError
 from .numbers import anomaly_index, statistics
@@ -345,6 +347,21 @@ def read_file(path: Path, most: int) -> bytes:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def read_pickle(path: Path, most: int) -> Any:
+    """What the pickle in a file of at most `most` bytes says, without doing any of it, for data sets: dicts, lists,
+    tuples, numbers, text and bytes. Where it would call something stands a record with `function` ("module.name" as
+    text), `args` and the `state` that the object would be given.
+
+    Raises UserError that names a file which is missing or larger, no pickle, or one of more than a million steps.
+    Example: `read_pickle(path, 1 << 20)["labels"]`
+    """
+    content = read_file(path, most)
+    try:
+        return pickles.read(BytesIO(content))[0]
+    except pickles.Malformed as error:
+        raise UserError(f"{path}: not a readable pickle ({error}); fetch it again") from error
+
+
 def frozen(model: Classifier) -> Classifier:
     """A deep copy in eval mode whose parameters take no gradient: a reference that training cannot move."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -372,5 +389,5 @@ def _cut(channels: Tensor, module: torch.nn.Module, inputs: object, out: Tensor)
 
 __all__ = [
     "Repeated", "Traced", "anomaly_index", "at_once", "augmentation", "choose", "fit", "frozen", "masked", "pgd",
-    "predict", "read_file", "share", "statistics",
+    "predict", "read_file", "read_pickle", "share", "statistics",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What a pickle says, without doing any of it: a stack machine that imports nothing and calls nothing.
 
 A pickle is a program. `read` follows it on paper: where it would import a class there is a `Name`, where it would call
-one a `Call`, where it would set the state of an object nothing happens. So whatever a stranger wrote, the result is
+one a `Call`, with the state that it would be given. So whatever a stranger wrote, the result is
 made of dicts, lists, tuples, numbers and text, and of records that say what was asked for. Free of torch.
 
 The work is bounded by the length of the pickle and by `MOST` steps: no opcode here does more than look at what it takes
@@ -47,12 +47,15 @@ class Name:
         return self.module, self.name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
-    """A call that the pickle would make. function: mostly a `Name`; args: what it would be given."""
+    """A call that the pickle would make. function: mostly a `Name`; args: what it would be given; state: what the
+    object would be told afterwards.
+    """
 
     function: Any
     args: tuple[Any, ...]
+    state: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +145,10 @@ class _Machine:
         elif name == "OBJ":
             cls, *args = self._marked()
             stack.append(_called(cls, tuple(args)))
-        elif name == "BUILD":  # the state of an object: of no interest
-            stack.pop()
+        elif name == "BUILD":
+            state = stack.pop()
+            if isinstance(stack[-1], Call):  # that of a dict is of no interest
+                stack[-1].state = state
         else:
             if name == "NEWOBJ_EX":
                 stack.pop()

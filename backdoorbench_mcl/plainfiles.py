@@ -63,7 +63,7 @@ def read_plain(path: Path, most: int, *, follow: bool = True) -> bytes:
     with PlainFile(path, most=most + 1, follow=follow) as file:
         if file.size > most:
             raise OSError(errno.EFBIG, f"has {file.size:,} bytes, more than the {most:,} that are accepted", str(path))
-        return file.read(most)
+        return file.read(min(most, max(file.size, 1 << 16)))  # a buffer of `most` would be made before any byte is read
 
 
 def tail(path: Path, count: int) -> bytes:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 # ECMA-48: OSC and friends up to their terminator, CSI up to its final byte, any other two-character escape.
 _ESCAPE = re.compile(
-    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|$)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -~]", re.S
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).{0,500}?(?:\x07|\x1b\\|\x9c)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -~]",
+    re.S,
 )
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 

@@ -77,11 +77,11 @@ def test_what_is_no_image_file_is_named_at_once(tmp_path: Path, spoil: Callable[
 
 def test_names_of_files_do_not_break_the_line_of_a_message(tmp_path: Path) -> None:
     """Found by fuzzing: a name may hold line ends and escapes, and what Python raises is printed by others, too."""
-    (tmp_path / "a\n\x1b[31mb\u202e").mkdir()
+    (tmp_path / "a\n\x1b[31mb\u202e\x1b]c\x9d").mkdir()
     with pytest.raises(UserError) as caught:
         Folder(path=str(tmp_path)).pool(None)
     assert str(caught.value).isprintable()
-    assert str(caught.value).startswith(f"{tmp_path}/a b: no image in it; expected files")
+    assert str(caught.value).startswith(f"{tmp_path}/a bc: no image in it; expected files")
 
 
 def test_a_data_set_with_absurdly_many_classes_is_refused(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_column_that_ends_early_is_not_half_a_data_set(tmp_path: Path) -> None
         Parquet(path=str(tmp_path)).load("train", None)
 
 
-def test_text_that_is_none_is_named(tmp_path: Path) -> None:
+def test_text_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     """Found by fuzzing: Arrow takes any bytes for text until Python asks for it."""
     images = [encode(image) for image in pixels(2)[0]]
     names = pa.Array.from_buffers(
@@ -148,6 +148,15 @@ def test_text_that_is_none_is_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         pq.write_table(pa.table({"img": column, "label": pa.array([0, 1])}), tmp_path / f"{split}.parquet")
     with pytest.raises(UserError, match=r"cannot be read to its end .*can't decode byte 0xb1"):
+        Parquet(path=str(tmp_path)).find(None)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    image, label = pa.array([encode(image) for image in pixels(2)[0]], pa.binary()), pa.array([0, 1])
+    for split in ("train", "test"):
+        table = pa.Table.from_arrays([image, label, label], ["img", "label", "label"])
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="has two columns of one name"):
         Parquet(path=str(tmp_path)).find(None)
 
 

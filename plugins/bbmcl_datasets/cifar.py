@@ -1,9 +1,9 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), found under the data root in either of two layouts, or downloaded.
 
-torchvision's (`cifar-10-batches-py/`, `cifar-100-python/`: pickles, read by an unpickler that can build nothing but
-plain containers and byte arrays) or Parquet (`cifar10/train-*.parquet`, ...). CIFAR-10's mean and std are those of
-spec 2: the std triple is the average of per-image standard deviations, not the deviation over all pixels
-(.247 .243 .261). CIFAR-100's are the widely used ones, deviations over all training pixels.
+torchvision's (`cifar-10-batches-py/`, `cifar-100-python/`: pickles, of which nothing is called) or Parquet
+(`cifar10/train-*.parquet`, ...). CIFAR-10's mean and std are those of spec 2: the std triple is the average of
+per-image standard deviations, not the deviation over all pixels (.247 .243 .261). CIFAR-100's are the widely used ones,
+deviations over all training pixels.
 
 Paper: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 Differs: the published order of the images is not kept, the cache sorts them by their pixels.
@@ -14,9 +14,6 @@ without the target class 83.01, and ASR 99.64 (spec 1.2); JPEG copies cost model
 
 from __future__ import annotations
 
-import io
-import pickle
-import pickletools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from backdoorbench_mcl.api import Dataset, Images, Source, UserError
-from backdoorbench_mcl.kit import read_file
+from backdoorbench_mcl.kit import read_pickle
 
 from . import parquet
 
@@ -33,97 +30,51 @@ MAX_BATCH = 1 << 30  # bytes of a file; CIFAR-100's training file has 155 millio
 
 # ---------------------------------------------------------------- pickles that run nothing
 
-
-class _Array:
-    """Stands in for numpy's array constructor: numpy's own trusts the sizes, offsets and types in a pickle."""
-
-    def __init__(self, *args: Any) -> None:
-        self.values: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, kind, fortran, raw = state
-        self._fill(raw, kind, shape, "F" if fortran else "C")
-
-    def _fill(self, raw: Any, kind: Any, shape: Any, order: Literal["C", "F"]) -> None:
-        if not isinstance(kind, _Type) or kind.code not in ("u1", b"u1", "|u1"):
-            raise pickle.UnpicklingError("holds an array of another type than uint8")
-        if not isinstance(raw, bytes | bytearray):
-            raise pickle.UnpicklingError("holds an array without bytes")
-        self.values = np.frombuffer(raw, np.uint8).reshape(shape, order=order)
+_RECONSTRUCTED = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")  # since protocol 5
 
 
-class _FromBuffer(_Array):
-    """The same for arrays in pickles of protocol 5."""
-
-    def __init__(self, raw: Any, kind: Any, shape: Any, order: Any) -> None:
-        super().__init__()
-        self._fill(raw, kind, shape, "F" if order == "F" else "C")
-
-
-class _Type:
-    """Stands in for numpy's dtype, of which only the name is looked at."""
-
-    def __init__(self, code: Any, *flags: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        """Byte order and the like do not concern bytes."""
-
-
-class _Latin1:
-    """Stands in for `_codecs.encode`, by which old protocols spell bytes."""
-
-    def __new__(cls, text: str, encoding: str) -> Any:
-        return text.encode("latin1")
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("holds something that is no array")
+def _array(value: Any) -> npt.NDArray[np.uint8]:
+    """The bytes that a pickle has for one of numpy's arrays; numpy's own reader would trust its sizes and types."""
+    if _made_by(value) in _RECONSTRUCTED:
+        _, shape, kind, fortran, raw = value.state
+        order = "F" if fortran else "C"
+    elif _made_by(value) in _FROM_BUFFER:
+        raw, kind, shape, order = value.args
+    else:
+        raise ValueError("holds something that is no array")
+    if _made_by(kind) != "numpy.dtype" or kind.args[0] not in ("u1", "|u1"):
+        raise ValueError("holds an array of another type than uint8")
+    if _made_by(raw) == "_codecs.encode":  # how Python 3 spells bytes in old protocols
+        raw = raw.args[0]
+    if isinstance(raw, str):  # a string of Python 2
+        raw = raw.encode("latin1")
+    if not isinstance(raw, bytes | bytearray):
+        raise ValueError("holds an array without bytes")
+    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if order == "F" else "C")
 
 
-# All are classes with a __setstate__: a pickle can call them, but the BUILD opcode cannot alter them.
-_ADMITTED: dict[tuple[str, str], type] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Type,
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
-    ("numpy._core.numeric", "_frombuffer"): _FromBuffer,
-    ("_codecs", "encode"): _Latin1,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no image file needs")
-        return _ADMITTED[module, name]
-
-
-def _require_modest(data: bytes) -> None:
-    """Raises UnpicklingError where an unpickler would reserve memory for what is not there: its memo is an array as
-    long as the largest number that a pickle of a few bytes puts something under.
-    """
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
-            raise pickle.UnpicklingError(f"remembers {count:,} things at most, one of them under {argument:,}")
+def _made_by(value: Any) -> str:
+    """What a pickle would call for a value. Example: `numpy.dtype`"""
+    return str(getattr(value, "function", ""))
 
 
 def read_batch(path: Path, label: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """One pickled batch -> uint8 (N, 3, 32, 32) and the labels under the key `label`, int64 (N,).
 
-    Raises UserError naming the file when it cannot be read, is no such batch, or asks for anything but arrays.
+    Raises UserError naming the file when it cannot be read, is no such batch, or holds anything but arrays.
     """
-    content = read_file(path, MAX_BATCH)
+    batch = read_pickle(path, MAX_BATCH)
     try:
-        _require_modest(content)
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-        x = named["data"].values.reshape(-1, 3, 32, 32)
+        x = _array(named["data"]).reshape(-1, 3, 32, 32)
         numbers = named[label]
-        if not isinstance(numbers, list) or len(numbers) != len(x) or not all(type(n) is int for n in numbers):
-            raise ValueError(f"has {len(x)} images and no list of as many whole numbers under {label!r}")
+        if len(x) == 0 or not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ValueError(f"{len(x)} images, and no list of whole numbers under {label!r}")
+        if len(numbers) != len(x):
+            raise ValueError(f"{len(numbers)} labels for {len(x)} images")
         y = np.array(numbers, np.int64)
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable CIFAR batch ({type(error).__name__}: {error}); fetch it again"
         ) from error

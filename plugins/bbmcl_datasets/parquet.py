@@ -106,10 +106,12 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path}: is no ordinary file; expected a Parquet file")
     try:
         file = pq.ParquetFile(path)
-        _ = file.schema_arrow.names  # which need not be text
-        return file
-    except (pa.ArrowException, OSError, ValueError) as error:
+        names = file.schema_arrow.names
+    except (pa.ArrowException, OSError, ValueError) as error:  # names need not be text
         raise UserError(f"{path}: not a readable Parquet file ({_line(error)})") from error
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: has two columns of one name; expected one for the images and one for the labels")
+    return file
 
 
 def _line(error: Exception) -> str:
@@ -125,7 +127,8 @@ def rows(path: Path, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for batch in file.iter_batches(at_once, columns=list(names)):
             yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
             count += len(batch)
-    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:  # text that is none, dates out of range
+    except (pa.ArrowException, OSError, LookupError, ValueError, ArithmeticError) as error:
+        # text that is no UTF-8, dates of no calendar: Arrow takes any bytes until Python asks for them
         raise UserError(f"{path}: cannot be read to its end ({_line(error)}); is it complete?") from error
     if count != file.metadata.num_rows:  # a damaged page may end a column without an error
         raise UserError(f"{path}: has {count} readable rows of {file.metadata.num_rows}; is it complete?")

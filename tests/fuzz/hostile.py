@@ -1,8 +1,9 @@
 """What the fuzz tests share: how many examples, bytes and text that went wrong, and what a parser may do with them.
 
-A parser may read what it is given or refuse it by an error of this project, in one line. It may raise nothing else,
-take no longer than `SECONDS`, no more memory than `ROOM`, and write nowhere but where it was told to. A few examples
-run with every test run, always the same ones; BBMCL_FUZZ=10000 (`tox -e fuzz`) draws as many anew for each target.
+A parser may read what it is given or refuse it by an error of this project. It may raise nothing else, take no longer
+than `SECONDS` (or what its test says), no more memory than `ROOM`, and write nowhere but where it was told to. A few
+examples run with every test run, always the same ones; BBMCL_FUZZ=10000 (`tox -e fuzz`) draws as many anew for each
+target.
 """
 
 from __future__ import annotations
@@ -56,15 +57,14 @@ def _ring(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def contained(seconds: int = SECONDS) -> Iterator[None]:
-    """Around a parser: an error of this project, in one line, is an answer; anything else fails the test."""
+    """Around a parser: an error of this project is an answer; anything else fails the test."""
     before = signal.signal(signal.SIGALRM, _ring)
     signal.alarm(seconds)
     try:
         yield
     except BbmclError as error:
-        told = str(error)
-        if not told.strip() or "\n" in told:
-            raise AssertionError(f"expected an error of one line, got {told!r}") from error
+        if not str(error):  # that it is one line is the error's own doing
+            raise AssertionError("expected an error that says something") from error
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
