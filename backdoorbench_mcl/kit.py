@@ -349,8 +349,8 @@ def read_file(path: Path, most: int) -> bytes:
 
 def read_pickle(path: Path, most: int) -> Any:
     """What the pickle in a file of at most `most` bytes says, without doing any of it, for data sets: dicts, lists,
-    tuples, numbers, text and bytes. Where it would call something stands a record with `function` ("module.name" as
-    text), `args` and the `state` that the object would be given.
+    tuples, numbers, text and bytes. Where it would call something stands a record with `function` (as text:
+    "module.name"), `args` and the `state` that the object would be given.
 
     Raises UserError that names a file which is missing or larger, no pickle, or one of more than a million steps.
     Example: `read_pickle(path, 1 << 20)["labels"]`

@@ -1,8 +1,8 @@
 """What a pickle says, without doing any of it: a stack machine that imports nothing and calls nothing.
 
 A pickle is a program. `read` follows it on paper: where it would import a class there is a `Name`, where it would call
-one a `Call`, with the state that it would be given. So whatever a stranger wrote, the result is
-made of dicts, lists, tuples, numbers and text, and of records that say what was asked for. Free of torch.
+one a `Call`, with the state that it would be given. So whatever a stranger wrote, the result is made of dicts, lists,
+tuples, numbers and text, and of records that say what was asked for. Free of torch.
 
 The work is bounded by the length of the pickle and by `MOST` steps: no opcode here does more than look at what it takes
 from the stack, keys of dicts are numbers and text (hashing a tuple of tuples can take for ever), and memory is never
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+MOST_KEY = 200  # characters
 MOST = 1_000_000  # opcodes: a second or two; the state dict of a network of 1,000 tensors has about 30,000
 
 _LITERALS = frozenset({
@@ -194,11 +195,22 @@ def _put(into: Any, pairs: list[Any]) -> None:
     if not isinstance(into, dict):
         return
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        key = _bytes(key)
         if not isinstance(key, str | int | float | bytes | None):
             continue
         if key in into:
             raise Malformed(f"the key {str(key)[:80]!r} twice")
         into[key] = value
+
+
+def _bytes(key: Any) -> Any:
+    """Short bytes as Python 3 spells them in old protocols, a text to be encoded; every other key as it is. Long texts
+    are left alone: one that is named again and again would be copied each time.
+    """
+    if not isinstance(key, Call) or str(key.function) != "_codecs.encode" or key.args[1:] != ("latin1",):
+        return key
+    text = key.args[0]
+    return text.encode("latin1") if isinstance(text, str) and len(text) <= MOST_KEY else key
 
 
 def _called(function: Any, args: tuple[Any, ...]) -> Any:

@@ -7,7 +7,9 @@ import traceback
 import unicodedata
 from pathlib import Path
 
-# ECMA-48: OSC and friends up to their terminator, CSI up to its final byte, any other two-character escape.
+# ECMA-48: OSC and friends up to their terminator, CSI up to its final byte, any other two-character escape. Without a
+# terminator only the introducer goes, so that a name in a message cannot hide what the message says. 500 characters at
+# most are searched for one: a text of many introducers would take the square of its length.
 _ESCAPE = re.compile(
     r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).{0,500}?(?:\x07|\x1b\\|\x9c)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -~]",
     re.S,

@@ -273,7 +273,7 @@ def test_mapped_files_do_not_count_as_memory(tmp_path: Path) -> None:
         with mmap.mmap(-1, 64 << 20, flags=kind | mmap.MAP_ANONYMOUS) as own:
             own.write(b"1" * len(own))
             assert memory.held(os.getpid()) - after > 32 << 20
-            assert memory.total() > len(own)
+    assert memory.total() > 64 << 20
     assert memory.held(2**22 + 1) == 0  # no such process
 
 

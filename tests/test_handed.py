@@ -156,6 +156,10 @@ def late(num_classes):
 
 def snoop(num_classes):
     return open("secret.txt").read()
+
+def endless(num_classes):
+    while True:
+        pass
 """
 
 
@@ -402,11 +406,14 @@ def test_the_right_normalisation_is_seen(known: Registry, folder: Path, right: i
 # ---------------------------------------------------------------- one job
 
 
-def test_a_job_that_ends_in_no_result_is_an_error(wrn_10: Described, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"")
-    spec = {"job": "open", "model": wrn_10.spec, "file": str(tmp_path / "x"), "readable": [str(tmp_path / "x")]}
+def test_a_job_that_ends_in_no_result_is_an_error(known: Registry, folder: Path) -> None:
+    torch.save(wrn().state_dict(), folder / "x.pt")
+    spec = {
+        "job": "open", "model": described(known, "mynet:endless").spec, "file": "x.pt", "entry": None, "classes": None,
+        "size": None, "readable": ["x.pt"],
+    }  # fmt: skip
     with (
-        pytest.raises(UserError, match=r"^model x: took longer than --timeout 1e-05 s"),
-        run_one(spec, timeout=1e-5, about="model x: "),
+        pytest.raises(UserError, match=r"^model x: took longer than --timeout 0.5 s"),
+        run_one(spec, timeout=0.5, about="model x: "),
     ):
         raise AssertionError

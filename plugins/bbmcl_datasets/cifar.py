@@ -38,9 +38,9 @@ def _array(value: Any) -> npt.NDArray[np.uint8]:
     """The bytes that a pickle has for one of numpy's arrays; numpy's own reader would trust its sizes and types."""
     if _made_by(value) in _RECONSTRUCTED:
         _, shape, kind, fortran, raw = value.state
-        order = "F" if fortran else "C"
     elif _made_by(value) in _FROM_BUFFER:
         raw, kind, shape, order = value.args
+        fortran = order == "F"
     else:
         raise ValueError("holds something that is no array")
     if _made_by(kind) != "numpy.dtype" or kind.args[0] not in ("u1", "|u1"):
@@ -51,7 +51,7 @@ def _array(value: Any) -> npt.NDArray[np.uint8]:
         raw = raw.encode("latin1")
     if not isinstance(raw, bytes | bytearray):
         raise ValueError("holds an array without bytes")
-    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if order == "F" else "C")
+    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
 def _made_by(value: Any) -> str:
@@ -69,9 +69,9 @@ def read_batch(path: Path, label: str) -> tuple[npt.NDArray[np.uint8], npt.NDArr
         named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         x = _array(named["data"]).reshape(-1, 3, 32, 32)
         numbers = named[label]
-        if len(x) == 0 or not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{len(x)} images, and no list of whole numbers under {label!r}")
-        if len(numbers) != len(x):
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ValueError(f"no list of whole numbers under {label!r}")
+        if not numbers or len(numbers) != len(x):
             raise ValueError(f"{len(numbers)} labels for {len(x)} images")
         y = np.array(numbers, np.int64)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from backdoorbench_mcl.errors import BbmclError
 
-EXAMPLES, SHORT = int(os.environ.get("BBMCL_FUZZ", "20")), "BBMCL_FUZZ" not in os.environ
+SHORT = "BBMCL_FUZZ" not in os.environ  # the few examples of a test run
+EXAMPLES = int(os.environ.get("BBMCL_FUZZ", "20"))
 SECONDS = 10  # a parser that needs more for a few kB hangs
 ROOM = 3 << 30  # bytes of address space on top of what the interpreter, torch and pyarrow have reserved
 

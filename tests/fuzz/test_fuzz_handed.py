@@ -67,9 +67,8 @@ def changed(draw: st.DrawFn) -> dict[str, Tensor]:
         if kind in ("drop", "rename"):
             tensors.pop(name, None)
         if kind in ("rename", "add"):
-            tensors[draw(st.one_of(nasty_text(), st.sampled_from(["fc.weight", "module." + name, name + ".x"])))] = (
-                tensor
-            )
+            usual = st.sampled_from(["fc.weight", "module." + name, name + ".x"])
+            tensors[draw(st.one_of(nasty_text(), usual))] = tensor
         elif kind == "shape":
             tensors[name] = torch.ones(draw(st.lists(st.integers(0, 7), max_size=4)))
         elif kind == "class" and {"fc.weight", "fc.bias"} <= tensors.keys():

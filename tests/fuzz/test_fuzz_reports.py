@@ -87,8 +87,7 @@ class Tags(HTMLParser):
         self.found.append((tag, frozenset(name for name, _ in attrs)))
 
 
-KNOWN = {tag for tag, _ in Tags(page([make("badnets", "before", 99.0, 83.0), make("badnets", "ft", 5.0, 80.0),
-                                      make("sig", "ft", state="failed")])).found}  # fmt: skip
+KNOWN = {tag for tag, _ in Tags(page(BASES[:3])).found}
 
 
 @fuzzed(0.1, ROWS)
