@@ -75,6 +75,12 @@ class Agenda:
             self._queued.add(node.key)
             heapq.heappush(self._heap, (self.rank(node), node.key))
 
+    def reckon(self, ahead: Mapping[str, float]) -> None:
+        """Times are known better: what is queued is put in order anew."""
+        self.ahead = ahead
+        self._heap = [(self.rank(self.plan.nodes[key]), key) for key in self._queued]
+        heapq.heapify(self._heap)
+
     def rank(self, node: Node) -> tuple[float, ...]:
         """Which stage goes first: a judgement, which takes seconds and ends a cell, so that a run that is stopped
         half-way has half of its rows; then what has most work behind it, by measured time and else by kind.

@@ -47,7 +47,7 @@ class Classifier(nn.Module, ABC):
 
     mean: Tensor
     std: Tensor
-    steady: ClassVar[bool] = True
+    steady: bool = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import provenance
 from .cells import canonical
+from .devices import Devices
 from .plan import Plan
 from .progress import duration
 from .store import Measured, Store
@@ -95,7 +96,9 @@ class Costs:
         return statistics.median(found) if found else None
 
     def gpu_mb(self, key: str) -> float | None:
-        """The most memory of a GPU that a stage of this sort has held, None where that was not measured."""
+        """The most memory of a GPU that a stage of this sort has held, 0 for one that uses none; None where that was
+        not measured.
+        """
         found = self._gpu.get(self.sort(key)) if self._gpu else None
         return max(found) if found else None
 
@@ -119,6 +122,7 @@ class Forecast:
     seconds: float | None
     unknown: int
     stages: int
+    alone: bool = False  # how many jobs there will be at once is not known, so one is counted on
 
     def __str__(self) -> str:
         if not self.stages:
@@ -126,29 +130,38 @@ class Forecast:
         if self.seconds is None:
             return "unknown, nothing like it was measured here"
         some = f", without {self.unknown} of {self.stages} stages, which were not measured yet" if self.unknown else ""
-        return f"about {duration(self.seconds)}{some}"
+        one = ", one job after the other" if self.alone else ""
+        return f"about {duration(self.seconds)}{one}{some}"
 
 
 def forecast(
-    plan: Plan, missing: Collection[str], costs: Costs, workers: int, rank: Callable[[str], Any],
-    spent: Mapping[str, float] = MappingProxyType({}),
+    plan: Plan, missing: Collection[str], costs: Costs, workers: int | None, rank: Callable[[str], Any],
+    spent: Mapping[str, float] = MappingProxyType({}), devices: Devices | None = None,
 ) -> Forecast:  # fmt: skip
     """What computing the `missing` stages takes with `workers` jobs at once, the smallest `rank` first.
 
-    spent: seconds that stages which are being computed have had by now.
+    workers: None where nobody knows. spent: seconds that stages which are being computed have had by now. devices:
+    empty, on which jobs have to find room; they are used up.
     """
     known = {key: costs.seconds(key) for key in missing}
     unknown = sum(seconds is None for seconds in known.values())
     left = {key: max(0.0, (whole or 0.0) - spent.get(key, 0.0)) for key, whole in known.items()}
     if unknown == len(known):
         return Forecast(None, unknown, len(known))
-    return Forecast(makespan(plan, left, workers, rank), unknown, len(known))
+    place = Devices(["cpu"], {}) if devices is None else devices
+    return Forecast(
+        makespan(plan, left, workers or 1, rank, place, costs.gpu_mb), unknown, len(known), alone=workers is None
+    )
 
 
-def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Callable[[str], Any]) -> float:
+def makespan(
+    plan: Plan, seconds: Mapping[str, float], workers: int, rank: Callable[[str], Any],
+    devices: Devices, need: Callable[[str], float | None],
+) -> float:  # fmt: skip
     """Seconds that the stages of `seconds` take, `workers` at once, each after those that it is made from.
 
-    Of those that can be started the one with the smallest `rank` is. Stages that are not in `seconds` exist.
+    Of those that can be started the one with the smallest `rank` is, and waits for room where `devices` have none for
+    what it is measured to `need` of them. Stages that are not in `seconds` exist.
     """
     above = {key: node.above & seconds.keys() for key, node in plan.nodes.items() if key in seconds}
     below: dict[str, list[str]] = {}
@@ -157,13 +170,14 @@ def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Calla
             below.setdefault(other, []).append(key)
     ready = [(rank(key), key) for key, others in above.items() if not others]
     heapq.heapify(ready)
-    running: list[tuple[float, str]] = []
+    running: list[tuple[float, str, str]] = []
     now = 0.0
     while ready or running:
-        while ready and len(running) < workers:
+        while ready and len(running) < workers and (name := devices.place(need(ready[0][1]))) is not None:
             _, key = heapq.heappop(ready)
-            heapq.heappush(running, (now + seconds[key], key))
-        now, done = heapq.heappop(running)
+            heapq.heappush(running, (now + seconds[key], key, name))
+        now, done, name = heapq.heappop(running)
+        devices.release(name, need(done))
         for key in below.get(done, ()):
             above[key].discard(done)
             if not above[key]:
@@ -174,14 +188,16 @@ def makespan(plan: Plan, seconds: Mapping[str, float], workers: int, rank: Calla
 def ahead(plan: Plan, missing: Collection[str], costs: Costs) -> dict[str, float]:
     """Stage -> seconds of the longest chain of stages that begins with it: the critical path, from there on.
 
-    A stage that was not measured counts as much as the median of its kind in the plan; what exists, as nothing.
+    A stage that was not measured counts as much as the median of its kind in the plan, or of all where its kind was
+    not, or as one where nothing was; what exists, as nothing.
     """
     known = {key: seconds for key in missing if (seconds := costs.seconds(key)) is not None}
     kinds: dict[str, list[float]] = {}
     for key, seconds in known.items():
         kinds.setdefault(plan.nodes[key].kind, []).append(seconds)
     typical = {kind: statistics.median(found) for kind, found in kinds.items()}
-    return tails(plan, {key: known.get(key, typical.get(plan.nodes[key].kind, 0.0)) for key in missing})
+    other = statistics.median(known.values()) if known else 1.0
+    return tails(plan, {key: known.get(key, typical.get(plan.nodes[key].kind, other)) for key in missing})
 
 
 def tails(plan: Plan, seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Which GPU a job gets. Free of torch.
 
 A GPU without a job takes any; one that has jobs takes another only where memory that was measured says that all fit.
+A job that was measured to take nothing of a GPU never waits for one, and no other waits for it.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping, Sequence
 
-CONTEXT = 600.0  # MiB that a process takes of a GPU beside what it allocates: its context and libraries
-ROOM = 0.9  # of a GPU's memory: what was measured is what tensors took, and allocators round up
+CONTEXT = 600.0  # MiB that a process takes of a GPU beside what it reserves: its context and libraries
+ROOM = 0.9  # of a GPU's memory: another run of the same job may reserve a little more
 
 
 class Devices:
-    """The devices of a run. names: as a job knows them, "cpu" or "cuda:N"; memory: MiB in all, of those known; shared:
-    somebody else sees to it that jobs fit.
+    """The devices of a run. names: as a job knows them, "cpu" or "cuda:N"; memory: MiB that were free, of those known;
+    shared: somebody else sees to it that jobs fit.
     """
 
     def __init__(self, names: Sequence[str], memory: Mapping[str, float], shared: bool = False) -> None:
@@ -24,7 +25,7 @@ class Devices:
         self.held: dict[str, list[float | None]] = {name: [] for name in names}
 
     def place(self, need: float | None) -> str | None:
-        """The device for a job that allocates `need` MiB, None where that was not measured; None where none has room.
+        """The device for a job that reserves `need` MiB, None where that was not measured; None where none has room.
 
         It is the one with the fewest jobs that can take it. Example: `Devices(["cuda:0"], {}).place(None)`
         """
@@ -36,12 +37,17 @@ class Devices:
         return best
 
     def _takes(self, name: str, need: float | None) -> bool:
-        if self.shared or not self.held[name] or not name.startswith("cuda"):
+        held = [size for size in self.held[name] if size != 0]
+        if self.shared or need == 0 or not held or not name.startswith("cuda"):
             return True
-        together = [*self.held[name], need]
+        together = [*held, need]
         known = [size for size in together if size is not None]
         room = ROOM * self.memory.get(name, 0.0)
         return len(known) == len(together) and sum(known) + CONTEXT * len(known) <= room
+
+    def empty(self) -> Devices:
+        """The same devices without any job."""
+        return Devices(self.names, self.memory, self.shared)
 
     def release(self, name: str, need: float | None) -> None:
         """A job that was placed has ended."""
@@ -49,14 +55,15 @@ class Devices:
 
 
 def measure(names: Sequence[str]) -> dict[str, float]:
-    """MiB of each GPU, those of the smallest that the driver's own tool tells of, since it may number them otherwise.
+    """MiB that are free on each GPU, those of the fullest that the driver's own tool tells of, since it may number them
+    otherwise. What others take is gone; that others may take more later cannot be known.
 
     {} without GPUs, and where the tool is missing.
     """
     wanted = [name for name in names if name.startswith("cuda")]
     if not wanted:
         return {}
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
         smallest = min(float(line) for line in told.split())

@@ -32,6 +32,7 @@ class Job:
     spec: Mapping[str, Any]
     tick: Tick
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # what methods recorded, by name
+    snapshots: list[FolderSnapshot] = field(default_factory=list)  # that methods were handed
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +106,8 @@ class Job:
         data = self.spec["data"]
         work = self.folder / "work"
         work.mkdir(exist_ok=True)
+        snapshot = FolderSnapshot(Path(self.spec["snapshot"]) / part, self.spec["snapshot_every"])
+        self.snapshots.append(snapshot)
         return {
             "rng": rng,
             "device": self.device,
@@ -113,7 +116,7 @@ class Job:
             "log": lambda line: print(line, flush=True),
             "tick": self.tick,
             "record": self.record,
-            "snapshot": FolderSnapshot(Path(self.spec["snapshot"]) / part, self.spec["snapshot_every"]),
+            "snapshot": snapshot,
             "recipe": recipe,
             "augment": kit.augmentation(recipe.augment, data["flip_ok"]),
         }

@@ -31,7 +31,7 @@ READ_OF: Mapping[str, tuple[str, ...]] = {"trial": ("location",), "invert": ("la
 TYPED = (  # what may differ at equal keys
     "dataset", "model", "attack", "defense", "inverter", "preset", "budget", "overrides",
 )  # fmt: skip
-LEISURE = 50  # times as long as a forecast took, before the next one is made
+LEISURE = 50  # times as long as a forecast or an order took, before the next one is made
 POLL = 1.0  # seconds between two looks at what other drivers have stored
 Observer = Callable[[Row], object]
 
@@ -79,6 +79,8 @@ class Matrix(Scoring):
         self.data = {str(cell.row.params["dataset"]["name"]).rpartition("/")[0] for cell in plan.cells}
         self.origin = provenance.collect()
         self.next_forecast = 0.0
+        self.next_order = 0.0
+        self.news = False  # a sort of stages was measured for the first time, and the order does not know yet
 
     # ------------------------------------------------------------ the loop
 
@@ -263,11 +265,22 @@ class Matrix(Scoring):
         except (Damaged, OSError, ValueError, TypeError, LookupError) as error:  # a child wrote what it should not
             self._fail(node, Failure("failed", f"left a result of no use: {line_of(error)}"), event.log, seconds)
             return
-        self.costs.add(node.key, seconds, stage.cost.get("peak_gpu_mb"))
+        new = self.costs.seconds(node.key) is None
+        self.costs.add(node.key, stage.cost["wall"], stage.cost.get("peak_gpu_mb"))
         self.missing.discard(node.key)
+        self.news |= new
+        if self.news and time.monotonic() >= self.next_order:
+            self._order()
         self.display.finished(node.key, node.title, "ok", seconds)
         if time.monotonic() >= self.next_forecast:
             self._tell_time()
+
+    def _order(self) -> None:
+        """Put what waits in order anew: stages of a sort have been measured for the first time."""
+        started = time.monotonic()
+        self.agenda.reckon(costs.ahead(self.plan, self.missing, self.costs))
+        self.news = False
+        self.next_order = time.monotonic() + LEISURE * (time.monotonic() - started)
 
     def _tell_time(self) -> None:
         """How long the stages take that some cell still waits for."""
@@ -276,8 +289,9 @@ class Matrix(Scoring):
         workers = max(1, self.engine.free + len(self.running))
         spent = {job.node.key: started - job.started for job in self.running.values()}
         found = costs.forecast(
-            self.plan, left, self.costs, workers, lambda key: self.agenda.rank(self.plan.nodes[key]), spent
-        )
+            self.plan, left, self.costs, workers, lambda key: self.agenda.rank(self.plan.nodes[key]), spent,
+            self.devices.empty(),
+        )  # fmt: skip
         self.display.ahead(None if found.unknown else found.seconds, str(found))
         self.next_forecast = time.monotonic() + LEISURE * (time.monotonic() - started)
 
@@ -289,6 +303,8 @@ class Matrix(Scoring):
             "versions": {**self.versions(frozenset(packages)), **event.made.get("versions", {})},
             "origin": {**self.origin, **event.made.get("origin", {})},
         }
+        if self.engine.spreads:  # the clock here has run since the job was handed in, and it may have queued
+            wall = float(event.result.get("seconds", wall))
         return standing.finished(node, common, job.place[0], job.inputs, event.result, made, wall)
 
     def _fail(self, node: Node, failure: Failure, log: str, seconds: float) -> None:

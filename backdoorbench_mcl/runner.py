@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from . import artefacts, cells, confine, costs, datacache, params, plan, plugins, presets, provenance, request
+from . import artefacts, cells, confine, costs, datacache, devices, params, plan, plugins, presets, provenance, request
 from .agenda import Agenda
+from .devices import Devices
 from .engines import ray
 from .engines.base import Engine, Isolation
 from .engines.local import Local
@@ -234,8 +235,10 @@ def _forecast(
         if row is not None and row.state in FINAL_STATES:
             left.close(i)
     missing = [key for key in graph.nodes if key not in stored and left.waiting[key]]
-    workers = using.workers or 1  # a cluster is not asked for what is only planned
-    return costs.forecast(graph, missing, known, workers, lambda key: left.rank(graph.nodes[key]))
+    names, spreads = asked.device.split(","), using.engine == "ray"
+    room = Devices(names, {} if spreads else devices.measure(names), spreads)
+    # a cluster is not asked for what is only planned: None, unless the user said how many
+    return costs.forecast(graph, missing, known, using.workers, lambda key: left.rank(graph.nodes[key]), devices=room)
 
 
 def _require_room_for(runs: Path) -> None:

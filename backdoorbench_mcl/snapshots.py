@@ -16,15 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FILE = "snapshot.safetensors"
+_SPENT = "harness.seconds"  # in the meta: what it took to get there
 
 
 class FolderSnapshot:
-    """`api.Snapshot` in `folder` (made when first needed). Saves closer together than `every` seconds are skipped."""
+    """`api.Snapshot` in `folder` (made when first needed). Saves closer together than `every` seconds are skipped.
+
+    earlier: seconds that processes before this one had spent on the snapshot that was loaded.
+    """
 
     def __init__(self, folder: Path, every: float = 2.0) -> None:
         self.folder = folder
         self.every = every
-        self._last = -every
+        self.earlier = 0.0
+        self._last: float | None = None
+        self._started = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest snapshot, or None: there is none, or it cannot be read (then the work starts over)."""
@@ -36,13 +42,17 @@ class FolderSnapshot:
                 meta = json.loads((found.metadata() or {})["meta"])
                 if not isinstance(meta, dict):
                     return None
-                return {name: found.get_tensor(name) for name in found.keys()}, meta  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+                tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 (not a dict)
+                spent = float(meta.pop(_SPENT, 0.0))
+                if self._last is None:  # else it is of this process
+                    self.earlier = spent
+                return tensors, meta
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
             return None
 
     def save(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Replace the snapshot; a reader sees the old or the new one, never a part."""
-        if time.monotonic() - self._last < self.every:
+        if self._last is not None and time.monotonic() - self._last < self.every:
             return
         if self.folder.is_symlink():  # nobody here makes one: it leads to what is not ours to write
             self.folder.unlink()
@@ -51,7 +61,8 @@ class FolderSnapshot:
         scratch.unlink(missing_ok=True)  # a link, again
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:  # straight from the tensors: `save` makes bytes first, at twice their memory
-            save_file(plain, scratch, {"meta": json.dumps(dict(meta))})
+            spent = self.earlier + time.monotonic() - self._started
+            save_file(plain, scratch, {"meta": json.dumps({**meta, _SPENT: spent})})
         except SafetensorError as error:  # what the file system said stands in its text alone
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(scratch)) from error

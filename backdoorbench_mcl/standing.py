@@ -37,7 +37,8 @@ def finished(
 ) -> Stage:  # fmt: skip
     """The record of a stage that a job has computed. common: settings of every job; inputs: role -> name of the
     artefact that it was given; result: of the job; made: "machine", "versions" and "origin" of where it ran; wall:
-    seconds with the start of its process and the hand-over of files.
+    seconds with the start of its process and the hand-over of files. What an attempt that was stopped had done of it
+    counts as well.
     """
     numerics = {
         "device": device,
@@ -51,7 +52,9 @@ def finished(
         "inputs": dict(inputs),
     }
     cost = {name: float(result[name]) for name in ("seconds", "peak_mb", "peak_gpu_mb") if name in result}
-    return Stage(node.key, node.kind, node.spec, "", numerics, {**cost, "wall": wall})
+    earlier = float(result.get("earlier", 0.0))
+    cost |= {"seconds": cost.get("seconds", wall) + earlier, "wall": wall + earlier}
+    return Stage(node.key, node.kind, node.spec, "", numerics, cost)
 
 
 class Standing:

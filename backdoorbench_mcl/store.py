@@ -162,7 +162,8 @@ class Store:
         with self._reading():
             found = self.ledger.read(_MEASURED, machine, threads, most)
             told = [(json.loads(spec), seconds, gpu) for spec, seconds, gpu in found if _positive(seconds)]
-            return [Measured(spec, seconds, gpu if _positive(gpu) else None) for spec, seconds, gpu in reversed(told)]
+            kept = [(spec, seconds, gpu if gpu == 0 or _positive(gpu) else None) for spec, seconds, gpu in told]
+            return [Measured(*stage) for stage in reversed(kept)]
 
     def open(self, stage: Stage) -> Path:
         """The verified artefact of a stage. One that is damaged is forgotten, so that it is computed again: Damaged."""

@@ -198,8 +198,9 @@ class Traced(Classifier):
 
     State-dict names are those of `net`; `named_parameters` puts `net.` before them. While `features` runs, hooks on
     the modules found collect what they return: none outlives the call, so that copies are independent, but two
-    threads must not share one object. Outputs besides the logits (auxiliary classifiers) are ignored. Raises UserError
-    where `net` does not end in a linear layer on a vector.
+    threads must not share one object. Outputs besides the logits (auxiliary classifiers) are ignored. A `net` whose
+    forward counts, or decides in Python by more than shapes, says so by `net.steady = False`, as a Classifier does.
+    Raises UserError where `net` does not end in a linear layer on a vector.
 
     Example (the `build` of a Model): `return Traced(MyNet(classes), shape, "mynet")`
     """
@@ -210,6 +211,7 @@ class Traced(Classifier):
             if type(module) is nn.AdaptiveAvgPool2d:
                 module.__class__ = ExactPool
         self.net = net
+        self.steady = bool(getattr(net, "steady", True))
         self.label = label
         self.anatomy = anatomy(net, shape, label)
 

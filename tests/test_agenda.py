@@ -72,6 +72,17 @@ def test_judgements_first_and_then_what_has_most_behind_it(found: Plan) -> None:
     assert order == [judged, trained, inverted, repaired, None]  # at equal times what comes first in the graph
 
 
+def test_what_is_queued_is_put_in_order_anew_when_times_are_known(found: Plan) -> None:
+    by_kind = {node.kind: node for node in found.nodes.values()}
+    trained, inverted, repaired = by_kind["train"], by_kind["invert"], by_kind["defend"]
+    agenda = Agenda(found, {})
+    for ready in (trained, inverted, repaired):
+        agenda.add(ready)
+    agenda.reckon({repaired.key: 9.0, inverted.key: 20.0, trained.key: 1.0})
+    agenda.add(inverted)  # still queued once
+    assert [agenda.pop() for _ in range(4)] == [inverted, repaired, trained, None]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_looks_at_a_cell_at_most_once_for_each_of_its_stages(found: Plan, seed: int) -> None:
     """The loop of `Matrix` with stages that are there as soon as they are begun, in whatever order."""

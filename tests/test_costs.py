@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backdoorbench_mcl import costs, provenance
-from backdoorbench_mcl.costs import Costs, forecast, makespan, sort, tails
+from backdoorbench_mcl.costs import Costs, forecast, sort, tails
+from backdoorbench_mcl.devices import CONTEXT, ROOM, Devices
 from backdoorbench_mcl.plan import Node, Plan
 from backdoorbench_mcl.store import Measured, Stage, Store
 
@@ -27,6 +28,11 @@ def graph(*inputs: tuple[int, ...]) -> Plan:
         for i, others in enumerate(inputs)
     }
     return Plan(nodes)
+
+
+def makespan(found: Plan, seconds: Mapping[str, float], workers: int, rank: Callable[[str], Any]) -> float:
+    """On a processor, where workers are the only limit."""
+    return costs.makespan(found, seconds, workers, rank, Devices(["cpu"], {}), lambda key: None)
 
 
 @st.composite
@@ -74,6 +80,38 @@ def test_the_longest_chain_first_is_as_good_as_the_best_order() -> None:
 
 def test_what_exists_takes_no_time() -> None:
     assert makespan(graph((), (0,), (1,)), {"2": 3.0}, 2, str) == 3.0
+
+
+@pytest.mark.parametrize(
+    "needs, took",
+    [
+        ([1000.0, 1000.0, 1000.0], 20.0),  # two fit
+        ([None, None, None], 30.0),  # not measured: one at a time
+        ([1000.0, None, 1000.0], 30.0),  # the second waits for an empty GPU, and the third does not overtake it
+        ([0.0, None, 0.0], 10.0),  # two use none of the GPU
+        ([9000.0, 9000.0, 0.0], 20.0),
+    ],
+)
+def test_on_a_gpu_jobs_have_to_fit(needs: list[float | None], took: float) -> None:
+    found = graph((), (), ())
+    room = Devices(["cuda:0"], {"cuda:0": (2000.0 + 2 * CONTEXT) / ROOM + 1})
+    seconds = dict.fromkeys(found.nodes, 10.0)
+    assert costs.makespan(found, seconds, 3, str, room, lambda key: needs[int(key)]) == took
+    assert room.held == {"cuda:0": []}
+
+
+def test_what_nobody_measured_counts_as_what_was_or_else_as_one() -> None:
+    found = graph((), (0,), (1,), ())
+    assert costs.ahead(found, set(found.nodes), Costs(found, [])) == {"0": 3.0, "1": 2.0, "2": 1.0, "3": 1.0}
+    kinds = ["train", "invert", "defend", "train"]
+    for (key, node), kind in zip(list(found.nodes.items()), kinds, strict=True):
+        spec = {**ROOT, "stage": kind}
+        found.nodes[key] = dataclasses.replace(node, kind=kind, spec=spec)
+    known = Costs(found, [])
+    known.add("0", 40.0)
+    known.add("2", 6.0)
+    assert costs.ahead(found, {"0", "1", "2", "3"}, known) == {"0": 86.0, "1": 46.0, "2": 6.0, "3": 40.0}
+    assert costs.ahead(found, {"1", "2"}, known) == {"0": 12.0, "1": 12.0, "2": 6.0, "3": 0.0}
 
 
 ROOT: dict[str, Any] = {"stage": "train", "data": {"hash": "d"}, "model": {"name": "m"}, "attack": {"name": "a"}}
@@ -139,6 +177,7 @@ def test_an_estimate_is_the_median_of_its_sort_or_nothing() -> None:
     assert str(forecast(found, found.nodes, known, 2, str)) == "about 1:32 min"
     assert forecast(found, ["1", "2"], known, 2, str, {"1": 25.0}).seconds == 5.0 + 2.0
     assert forecast(found, ["1"], known, 2, str, {"1": 99.0}).seconds == 0.0  # longer than ever: it ends any moment
+    assert str(forecast(found, found.nodes, known, None, str)) == "about 1:32 min, one job after the other"
     assert forecast(found, ["2"], Costs(found, []), 2, str).seconds is None
     assert str(forecast(found, [], known, 2, str)) == "nothing is left to compute"
 
@@ -159,9 +198,12 @@ def test_stages_of_other_machines_and_thread_counts_tell_nothing(tmp_path: Path)
         (here, 1, {"seconds": 5.0, "wall": 6.0}), (here, 1, {"seconds": 3.0}), (here, 2, {"seconds": 70.0}),
         ("other", 1, {"seconds": 80.0}), (here, 1, {"seconds": -1.0}), (here, 1, {}),
     ]  # fmt: skip
+    gpu = [0.0, 700.0, None, None, None, None]
+    for (_, _, cost), most in zip(told, gpu, strict=True):
+        cost.update({} if most is None else {"peak_gpu_mb": most})
     for i, (machine, threads, cost) in enumerate(told):
         store.commit(Stage(f"{i}", "train", ROOT, "", {"machine": machine, "threads": threads}, cost), tmp_path / "out")
-    assert [stage.seconds for stage in store.measured(here, 1, 10)] == [6.0, 3.0]
+    assert [(stage.seconds, stage.gpu_mb) for stage in store.measured(here, 1, 10)] == [(6.0, 0.0), (3.0, 700.0)]
     assert [stage.seconds for stage in store.measured(here, 1, 3)] == [3.0]  # of the newest three one says something
     store.close()
 

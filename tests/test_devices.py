@@ -32,7 +32,17 @@ def test_a_gpu_without_a_job_takes_any_and_one_with_a_job_only_what_fits() -> No
     assert two.place(None) == "cuda:0"
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(1, 20_000)), max_size=30), st.randoms())
+def test_a_job_that_takes_nothing_of_a_gpu_waits_for_none_and_keeps_none() -> None:
+    one = Devices(["cuda:0"], {"cuda:0": 10_000})
+    assert one.place(None) == "cuda:0"
+    assert one.place(0.0) == "cuda:0"
+    one.release("cuda:0", None)
+    assert one.place(9900.0) == "cuda:0"  # alone but for the one that takes nothing
+    assert one.place(0.0) == "cuda:0"
+    assert one.place(1.0) is None
+
+
+@given(st.lists(st.one_of(st.none(), st.just(0.0), st.floats(1, 20_000)), max_size=30), st.randoms())
 def test_no_gpu_is_asked_for_more_than_it_has(needs: list[float | None], rng: random.Random) -> None:
     names = ["cuda:0", "cuda:1", "cuda:2"]
     memory = {"cuda:0": 16_000.0, "cuda:1": 40_000.0}  # the third's is not known
@@ -44,10 +54,11 @@ def test_no_gpu_is_asked_for_more_than_it_has(needs: list[float | None], rng: ra
         if (name := some.place(need)) is not None:
             placed.append((name, need))
         for name in names:
-            held = [size for place, size in placed if place == name]
+            held = [size for place, size in placed if place == name and size != 0]
             if len(held) > 1:
                 assert sum(size + CONTEXT for size in held if size) <= ROOM * memory[name]
                 assert None not in held
+    assert some.empty().held == {name: [] for name in names}
 
 
 def test_a_processor_takes_what_the_workers_allow() -> None:

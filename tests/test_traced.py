@@ -61,6 +61,13 @@ def trace(net: nn.Module, side: int = 8) -> Traced:
     return Traced(net, (3, side, side), "toy")
 
 
+def test_a_network_says_itself_whether_its_steps_may_be_recorded() -> None:
+    net = Toy()
+    assert trace(net).steady
+    net.steady = False
+    assert not trace(net).steady
+
+
 def test_stages_of_a_network_full_of_traps() -> None:
     net = Toy()
     model = trace(net).eval()

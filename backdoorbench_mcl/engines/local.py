@@ -60,7 +60,7 @@ def sound(result: Any) -> dict[str, Any]:
     """
     if not isinstance(result, dict) or result.get("state") not in STATES or not isinstance(result.get("reason"), str):
         raise ValueError("no state, or no reason")
-    for name in ("seconds", "peak_mb", "peak_gpu_mb"):
+    for name in ("seconds", "earlier", "peak_mb", "peak_gpu_mb"):
         if not _is_number(result.get(name, 0)) or result.get(name, 0) < 0:
             raise ValueError(f"{name} is no number")
     for name in ("strays", "changed"):
