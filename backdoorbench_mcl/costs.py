@@ -191,7 +191,7 @@ def ahead(plan: Plan, missing: Collection[str], costs: Costs) -> dict[str, float
     A stage that was not measured counts as much as the median of its kind in the plan, or of all where its kind was
     not, or as one where nothing was; what exists, as nothing.
     """
-    known = {key: seconds for key in missing if (seconds := costs.seconds(key)) is not None}
+    known = {key: seconds for key in plan.nodes if (seconds := costs.seconds(key)) is not None}
     kinds: dict[str, list[float]] = {}
     for key, seconds in known.items():
         kinds.setdefault(plan.nodes[key].kind, []).append(seconds)

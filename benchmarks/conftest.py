@@ -43,12 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, default=None, help="threads of torch (default: its own choice)")
     group.addoption("--bench-rounds", type=int, default=5, help="alternating runs of each contender")
     group.addoption("--bench-seconds", type=float, default=1.5, help="shortest duration of one run")
-    group.addoption("--bench-cell", default="short", choices=["short", "quick", "printed"], help="length of the cell")
-    group.addoption("--bench-cell-rounds", type=int, default=1, help="cells of each contender")
+    group.addoption("--bench-cell", default="printed", choices=["short", "quick", "printed"], help="length of the cell")
+    group.addoption("--bench-cell-rounds", type=int, default=3, help="cells of each contender")
     group.addoption("--bench-matrix-steps", type=int, default=30, help="training steps of each of four jobs")
-    group.addoption("--bench-matrix-rounds", type=int, default=1, help="matrices of each kind")
-    group.addoption("--bench-plan", type=int, default=2000, help="cells to plan (the target is for 10000)")
-    group.addoption("--bench-cells", type=int, default=200, help="cells to run without compute (target: 1000)")
+    group.addoption("--bench-matrix-rounds", type=int, default=3, help="matrices of each kind")
+    group.addoption("--bench-plan", type=int, default=10_000, help="cells to plan (the target is for 10000)")
+    group.addoption("--bench-cells", type=int, default=1000, help="cells to run without compute (target: 1000)")
     group.addoption("--bench-save", type=Path, metavar="FILE", help="write the ratios to FILE")
     group.addoption("--bench-baseline", type=Path, metavar="FILE", help="fail where a ratio fell below FILE's")
     group.addoption("--bench-tolerance", type=float, default=baseline.TOLERANCE, help="of a ratio, as a share")
@@ -62,6 +62,8 @@ def _machine(setting: Setting) -> dict[str, Any]:
         "device": str(setting.device),
         "precision": setting.precision,
         "threads": torch.get_num_threads(),
+        "cell": setting.sizes.cell,
+        "matrix steps": setting.sizes.matrix_steps,
         "torch": torch.__version__,
     }
 
@@ -142,7 +144,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if task.unit == "x":
             terminalreporter.write_line(task.line())
     terminalreporter.section("targets")
-    for line, met in lines(book.measured(), setting.precision == "bf16" and supports_bf16()):
+    for line, met in lines(book.measured(), setting.precision, supports_bf16()):
         terminalreporter.write_line(line, green=met is True, red=met is False)
     for line, bad in _compared(config):
         terminalreporter.write_line(f"against {config.option.bench_baseline}: {line}", red=bad)

@@ -68,7 +68,8 @@ class Task(Measured):
     def line(self) -> str:
         """Example: `nad: 1.32x (1.28-1.40, n = 5)`."""
         spread = f"{min(self.values):.2f}-{max(self.values):.2f}, n = {len(self.values)}"
-        return f"{self.task}: {self.middle:.2f}{self.unit} ({spread}){f' {self.note}' if self.note else ''}"
+        fault = f", does not count: {self.fault}" if self.fault else ""
+        return f"{self.task}: {self.middle:.2f}{self.unit} ({spread}){fault}{f' {self.note}' if self.note else ''}"
 
 
 @dataclass
@@ -78,11 +79,14 @@ class Book:
     throughput: list[Figures] = field(default_factory=list)
     tasks: dict[str, Task] = field(default_factory=dict)
 
-    def add(self, task: str, value: float, note: str = "", unit: Literal["x", "s"] = "x") -> None:
-        """One more round of a task; the last note stays."""
+    def add(
+        self, task: str, value: float, note: str = "", unit: Literal["x", "s"] = "x", fault: str = ""
+    ) -> None:  # fmt: skip
+        """One more round of a task; the last note stays, and so does a fault."""
         found = self.tasks.setdefault(task, Task(task, unit=unit))
         found.values.append(value)
         found.note = note or found.note
+        found.fault = fault or found.fault
 
     def measured(self) -> dict[str, Measured]:
         """Tasks by name, those of the throughput suite as ratios to the plain loop within a round."""

@@ -1,9 +1,9 @@
 """A whole MCLDef cell, and each shipped defense, beside the plainest implementation at equal steps.
 
 The cell: from a trained BadNets victim on `shapes` by inversion, repair and judgement (clean and triggered) to ASR and
-BA, in process. `--bench-cell short` takes half a minute a contender (quality is that of so few steps), `quick` the
-steps of the budget `quick`, `printed` the printed 100 + 20 epochs of the 5 % clean images. The training of the victim
-is not timed.
+BA, in process. `--bench-cell printed` has the 100 + 20 epochs of the 5 % clean images that the target is for, `quick`
+the steps of the budget `quick`, `short` 150 + 60 of them, to see that it runs. The training of the victim is not timed.
+A cell counts only where it repairs as well as the plain one: mean ASR and BA over the rounds within `WORSE` points.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from bbmcl_inverters.nc_box import NCBox
 
 TARGET, CLEAN, BATCH = 5, 250, 32  # 5 % of `shapes`, and the batch of its repairs
 EPOCH = -(-CLEAN // BATCH)
+WORSE = {"ASR": 5.0, "BA": 3.0}  # points; victims of `shapes` differ by 2 in BA after the same repair (docs/shapes.md)
 LENGTHS = {  # of the victim's training, the inversion and the repair, in steps
     "short": (900, 150, 60),
     "quick": (900, 600, 200),
@@ -111,6 +112,16 @@ def stage(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return Stage(victim.eval(), clean, test, Images(stamped, test.y))
 
 
+def fault(cell: str, mine: list[Quality], theirs: list[Quality]) -> str:
+    """Why a cell does not count for the target, "" where it does. cell: key of `LENGTHS`."""
+    ours, plains = ([sum(one) / len(qualities) for one in zip(*qualities, strict=True)] for qualities in (mine, theirs))
+    worse = {"ASR": ours[0] - plains[0], "BA": plains[1] - ours[1]}
+    found = [f"{name} worse by {gap:.1f} points" for name, gap in worse.items() if gap > WORSE[name]]
+    if cell != "printed":
+        found.append(f"the target is for printed, not for {cell}")
+    return "; ".join(found)
+
+
 def harness_cell(stage: Stage, setting: Setting, workdir: Path) -> Quality:
     _, inversion, repair = LENGTHS[setting.sizes.cell]
     inverter = NCBox(steps=inversion, batch=BATCH, patience=10**6)
@@ -159,12 +170,13 @@ def test_mcldef_cell(benchmark: BenchmarkFixture, book: Book, setting: Setting, 
 
     theirs: list[tuple[float, Quality]] = []
     benchmark.pedantic(harness, setup=rival, rounds=setting.sizes.cell_rounds)  # type: ignore[no-untyped-call]
+    no = fault(setting.sizes.cell, [ours for _, ours in mine], [plains for _, plains in theirs])
     for (own, ours), (other, plains) in zip(mine, theirs, strict=True):
         told = " -> ".join(f"ASR {q.asr:.1f} BA {q.ba:.1f}" for q in (before, ours))
         note = (
             f"{setting.sizes.cell}: {own:.1f} s, {told}; plain {other:.1f} s, ASR {plains.asr:.1f} BA {plains.ba:.1f}"
         )
-        book.add("mcldef cell", other / own, note)
+        book.add("mcldef cell", other / own, note, fault=no)
 
 
 STEPS = 12

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import small
 
+from backdoorbench_mcl import matrix, runner
 from backdoorbench_mcl.agenda import Agenda, closures, stages_of
 from backdoorbench_mcl.plan import Plan
+from backdoorbench_mcl.runner import Settings
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,27 @@ def test_what_is_queued_is_put_in_order_anew_when_times_are_known(found: Plan) -
     agenda.reckon({repaired.key: 9.0, inverted.key: 20.0, trained.key: 1.0})
     agenda.add(inverted)  # still queued once
     assert [agenda.pop() for _ in range(4)] == [inverted, repaired, trained, None]
+
+
+def test_a_first_run_orders_what_waits_by_what_it_has_measured(
+    monkeypatch: pytest.MonkeyPatch, toy_env: dict[str, str], tmp_path: Path
+) -> None:
+    small.install_toy(monkeypatch, toy_env["BBMCL_CACHE"])
+    told: list[dict[str, float]] = []
+    reckon = Agenda.reckon
+
+    def look(self: Agenda, ahead: Mapping[str, float]) -> None:
+        told.append(dict(ahead))
+        reckon(self, ahead)
+
+    monkeypatch.setattr(Agenda, "reckon", look)
+    monkeypatch.setattr(matrix, "LEISURE", 0)
+    asked = small.options("badnets", "ft")
+    assert {row.state for row in runner.run_matrix(asked, Settings(runs=tmp_path / "runs"), live=False)} == {"ok"}
+    kinds = {node.kind for node in small.build(asked).nodes.values()}
+    assert len(told) >= len(kinds)  # each sort once
+    assert max(told[0].values()) > 0.0
+    assert max(told[0].values()) % 1 != 0  # measured seconds, not the count of stages
 
 
 @pytest.mark.parametrize("seed", range(3))
