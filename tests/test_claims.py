@@ -104,6 +104,45 @@ def test_cells_at_their_floor_are_tied() -> None:
     assert found.verdict == "inconclusive"
 
 
+def test_a_rival_at_its_floor_cannot_be_beaten() -> None:
+    """No backdoor is left in nc, whose ASR 3.4 is below its FTR of 3.7: 1.1 of mcldef, above its own, is no less."""
+    rows = []
+    for one in table1():
+        numbers = {"nc": {"asr": 3.4, "ftr": 3.7}, "mcldef": {"asr": 1.13, "ftr": 0.78}}.get(one.defense)
+        if numbers is not None:
+            jitter = 0.02 * np.cos(3 * one.victim_seed) * (one.defense == "nc")
+            more = {f"{name}_k": round(90 * (value + jitter)) for name, value in numbers.items()}
+            one = replace(one, asr=more["asr_k"] / 90, ftr=more["ftr_k"] / 90, ftr_before=3.0, **more)
+        rows.append(one)
+    found = verdict(rows, "C1")
+    assert "badnets, ASR below nc: tied at the floor" in found.evidence
+    assert found.verdict == "inconclusive"
+    (block,) = build(rows)
+    cells = zip(block.columns, block.lines[0].cells, strict=True)
+    ranks = {column.label: cell.asr_rank for column, cell in cells if cell is not None}
+    assert (ranks["nc"], ranks["mcldef"]) == ("best", "best")
+    tests = inference.sheets([block])[-1]
+    assert {line[1]: line[2] for line in tests.body if line[0] == "badnets"}["nc"] == "≈ tied"
+    # mcldef at its floor, nc above its own: a backdoor is left to be beaten on
+    change: dict[str, dict[str, Any]] = {
+        "nc": {"asr": 5.0, "asr_k": 450}, "mcldef": {"asr": 3.4, "asr_k": 306, "ftr": 3.7, "ftr_k": 333},
+    }  # fmt: skip
+    swapped = [replace(one, **change.get(one.defense, {})) for one in rows]
+    assert verdict(swapped, "C1").evidence.startswith("20 of 20 as claimed")
+
+
+def test_a_rise_that_stays_at_the_floor_is_none() -> None:
+    four: dict[str, Any] = {"params": {"train": {"augment": "none"}, "defend": {"augment": "none"}}}
+    rows = []
+    for attack in claims.CIFAR:
+        for defense, with_, without in (("ft", 1.0, 1.9), ("nad", 6.0, 50.0), ("mcldef", 1.0, 1.2)):  # FTR is 2
+            rows += spread(attack, defense, with_, 80.0, wide=0.01)
+            rows += [replace(r, key=f"{r.key}none") for r in spread(attack, defense, without, 80.0, wide=0.02, **four)]
+    found = verdict(rows, "C5")
+    assert "badnets, ASR of ft rises without augmentation, by more: tied at the floor" in found.evidence
+    assert found.verdict == "inconclusive"
+
+
 def test_a_model_that_says_the_target_always_is_not_at_its_floor() -> None:
     rows = [
         replace(r, asr=100.0, asr_k=9000, asr_n=9000, ftr=100.0, ftr_k=9000, ftr_n=9000, ftr_before=2.0)

@@ -136,6 +136,16 @@ def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     assert np.allclose(np.asarray(drawn.get_xdata(), float), [1.5, 40.0])
 
 
+def test_a_cell_at_its_floor_is_off_the_front_for_its_ba_alone() -> None:
+    rows = [
+        make("sig", "before", 99.0, 83.0, ftr=3.5), make("sig", "nc", 3.4, 81.0, ftr=3.7),
+        make("sig", "mcldef", 1.1, 80.0, ftr=0.8), make("sig", "nad", 2.5, 82.0), make("sig", "ft", 9.0, 81.5),
+    ]  # fmt: skip
+    assert [dot.label for dot in figures.best(line_of(rows))] == ["nad"]  # it ties with nc, which ties with mcldef
+    lower = [Row.from_dict({**row.as_dict(), "ba": 79.0}) if row.defense == "nc" else row for row in rows]
+    assert [dot.label for dot in figures.best(line_of(lower))] == ["mcldef", "nad"]
+
+
 @pytest.mark.parametrize("cost", [False, True])
 def test_a_defense_that_failed_on_the_first_attack_is_in_the_legend(cost: bool) -> None:
     rows = [

@@ -19,7 +19,7 @@ from typing import Literal
 from .. import params
 from ..rows import Row
 from . import paper, statistics
-from .grid import Cell, cell_of, excluding
+from .grid import Cell, cell_of, excluding, tied
 from .inference import p_text, shared
 from .sheets import Sheet
 from .statistics import Difference
@@ -30,6 +30,7 @@ CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
 CONTROL = "mcldef+(stage=contrast)"
+TIED = "tied at the floor"  # the one with more ASR has no backdoor left to be beaten on
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -282,8 +283,8 @@ def _less(first: Cell, second: Cell, name: str, label: str) -> list[Contrast]:
         return []
     a, b = shared(name, first.ok, second.ok)
     why = paper.untestable(first, second) or ("" if a else f"no seed with a value of {_NAMES[name]} in both")
-    if not why and name == "asr" and first.floor and second.floor:
-        why = "tied at the floor"
+    if not why and name == "asr" and tied(first, second):
+        why = TIED
     return [Contrast(label, None if why else tuple(fmean(b[v]) - fmean(a[v]) for v in a), why)]
 
 
@@ -368,7 +369,7 @@ def _c5(board: Board) -> tuple[list[Contrast], int]:
                 continue
             label = f"{attack}, ASR of {rival} rises without augmentation, by more"
             a, b, c, d = shared("asr", *(cell.ok for cell in four))
-            why = paper.untestable(*four) or ("" if a else "no seed in all four")
+            why = paper.untestable(*four) or ("" if a else "no seed in all four") or (TIED if tied(*four[:2]) else "")
             values = tuple((fmean(a[v]) - fmean(b[v])) - (fmean(c[v]) - fmean(d[v])) for v in a)
             contrasts.append(Contrast(label, None if why else values, why))
     return contrasts, 2 * len(CIFAR)
