@@ -175,6 +175,24 @@ def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
     assert "badnets, ASR at 0.1 below 1: +3" in found.details[0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"defense": f"mcldef(temperature={text})"} for text in ("abc", "None", "True", "(", "1" + 400 * "0", "-1", "[1]")]
+    + [{"dataset": "no (name"}, {"dataset": "cifar10("}],
+    ids=lambda change: next(iter(change.values()))[:30],
+)
+def test_a_label_that_cannot_be_read_is_no_evidence(change: dict[str, Any]) -> None:
+    """Rows of other machines hold what somebody wrote into them: such a row takes no part and stops no claim."""
+    rows = [
+        r for tau in (0.1, 1) for r in spread("cl", f"mcldef(temperature={tau})", 2 + tau, 80 + tau, wide=0.1 + tau)
+    ]
+    strange = [replace(r, key=f"{r.key} imported", **change) for r in rows[:1]]
+    found = claims.judge(claims.fitting([*rows, *strange], rows))
+    assert [f.claim for f in found if f.verdict != "not run"] == ["C9"]
+    assert found == claims.judge(rows)
+    assert paper.sheets(strange, 1)[0].body == ()
+
+
 def test_little_clean_data() -> None:
     rows = []
     for attack in claims.CIFAR:

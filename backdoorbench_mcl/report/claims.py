@@ -126,7 +126,7 @@ class Board:
 
 
 def _network(row: Row) -> str | None:
-    return paper.MODELS.get(params.selection(row.dataset).name)
+    return paper.MODELS.get(params.of_label(row.dataset).name)
 
 
 def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
@@ -142,11 +142,11 @@ def fitting(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
     """
     protocol = _protocol(own[0])
     lines = {line for row in own for line in _unpinned(row)}
-    labels = {params.selection(row.dataset).name: row.dataset for row in own}
+    labels = {params.of_label(row.dataset).name: row.dataset for row in own}
     mine = {_place(row) for row in own}
 
     def fits(row: Row) -> bool:
-        name = params.selection(row.dataset).name
+        name = params.of_label(row.dataset).name
         same = _protocol(row) == protocol and row.dataset == labels.get(name, name)
         return same and (not row.toy or row.model == own[0].model) and lines >= set(_unpinned(row))
 
@@ -181,7 +181,7 @@ def judge(rows: Sequence[Row], dataset: str = "cifar10") -> list[Finding]:
     """
     by_name: dict[str, list[Row]] = {}
     for row in rows:
-        by_name.setdefault(params.selection(row.dataset).name, []).append(row)
+        by_name.setdefault(params.of_label(row.dataset).name, []).append(row)
     return [_finding(claim, by_name, dataset) for claim in TEXTS]
 
 
@@ -436,18 +436,18 @@ def _c8(board: Board) -> tuple[list[Contrast], int]:
 
 
 def _temperature(row: Row) -> float | None:
-    """Of `mcldef(temperature=...)` and nothing else."""
-    if not row.defense.startswith(f"{OURS}(temperature="):
-        return None
-    selected = params.selection(row.defense)
-    return float(selected.params["temperature"]) if set(selected.params) == {"temperature"} else None
+    """Of `mcldef(temperature=...)` and nothing else, None for what is no temperature."""
+    chosen = params.of_label(row.defense)
+    found = chosen.params.get("temperature")
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    return found if number and chosen.name == OURS and len(chosen.params) == 1 and 0 < found < math.inf else None
 
 
 def _c9(board: Board) -> tuple[list[Contrast], int]:
     """Between the ends of the swept range."""
     found: dict[tuple[str, float], list[Row]] = {}
     for row in board.look(lambda row: row.clean_rate == paper.CLEAN_RATE and _temperature(row) is not None):
-        found.setdefault((row.attack, float(_temperature(row) or 0)), []).append(row)
+        found.setdefault((row.attack, _temperature(row) or 0), []).append(row)
     contrasts = []
     for attack in CIFAR:
         taus = sorted(tau for a, tau in found if a == attack)
@@ -481,7 +481,7 @@ _CLAIMS: Mapping[str, Callable[[Board], tuple[list[Contrast], int]]] = {
 def sheet(stored: Sequence[Row], own: Sequence[Row], only: Sequence[str] = ()) -> Sheet:
     """The claims, or those named in `only`, as a table. own: the rows of a run (not empty), stored: of its folder."""
     one = own[0]
-    judged = judge(fitting(stored, own), params.selection(one.dataset).name)
+    judged = judge(fitting(stored, own), params.of_label(one.dataset).name)
     found = [finding for finding in judged if not only or finding.claim in only]
     body = tuple((f.claim, TEXTS[f.claim], f.verdict) for f in found)
     below = tuple(f"{f.claim}: {f.evidence}." for f in found if f.verdict != "not run")

@@ -91,7 +91,7 @@ def printed() -> tuple[Printed, ...]:
 
 def find(row: Row, table: int) -> Printed | None:
     """The cell of `table` that a row stands for by its labels, whatever its protocol; None where there is none."""
-    dataset = DATASETS.get(params.selection(row.dataset).name)
+    dataset = DATASETS.get(params.of_label(row.dataset).name)
     wanted = (table, dataset, ATTACKS.get(row.attack), DEFENSES.get(row.defense))
     found = [c for c in printed() if (c.table, c.dataset, c.attack, c.defense) == wanted]
     return found[0] if found else None
@@ -101,7 +101,7 @@ def departure(row: Row, table: int, *, any_rate: bool = False) -> str:
     """In what a row differs from the printed protocol, "" if in nothing that is known. any_rate: whatever its share of
     clean data is.
     """
-    name = params.selection(row.dataset).name
+    name = params.of_label(row.dataset).name
     if row.toy or name not in DATASETS:
         return f"{name} is no data set of the paper"
     if row.model != MODELS[name]:
@@ -168,7 +168,7 @@ def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     obstacle = f"scaled protocol (budget {', '.join(scaled)})" if scaled else untestable(runs)
     if obstacle:
         return Comparison(cell, dataset, asr, ba, "", "", obstacle, marks)
-    images = IMAGES[params.selection(dataset).name]
+    images = IMAGES[params.of_label(dataset).name]
     words = [
         _word(asr, cell.asr, images, statistics.ASR_WIDTH, logit=True),
         _word(ba, cell.ba, images, statistics.BA_WIDTH, logit=False),
