@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from made import PAPER, row, spread
+from scipy import stats
 
-from backdoorbench_mcl.report import claims, inference, paper, sheets
+from backdoorbench_mcl.report import claimed, claims, inference, paper, sheets
 from backdoorbench_mcl.report.grid import build
 from backdoorbench_mcl.rows import Row
 
@@ -87,7 +88,7 @@ def test_few_victims_give_no_verdict() -> None:
     assert found.verdict == "no verdict"
     assert found.evidence.startswith("n = 1: fewer than 5 victims")
     assert "20 of 20 as claimed" in found.evidence
-    assert found.details[0].startswith("badnets, ASR below ft:")
+    assert found.outcomes[0].text.startswith("badnets, ASR below ft:")
 
 
 def test_an_erased_class_wins_nothing() -> None:
@@ -162,7 +163,7 @@ def test_augmentation_is_a_difference_in_differences() -> None:
                      spread(attack, defense, without, 80.0, wide=1.0, params=none["params"])]  # fmt: skip
     found = verdict(rows, "C5")
     assert found.verdict == "reproduced"
-    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.details[0]
+    assert "badnets, ASR of ft rises without augmentation, by more: +79" in found.outcomes[0].text
 
 
 def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
@@ -172,7 +173,7 @@ def test_temperatures_are_compared_at_the_ends_of_the_sweep() -> None:
             rows += spread(attack, f"mcldef(temperature={tau})", asr, ba, wide=0.1 * len(str(tau)))
     found = verdict(rows, "C9")
     assert found.verdict == "reproduced"
-    assert "badnets, ASR at 0.1 below 1: +3" in found.details[0]
+    assert "badnets, ASR at 0.1 below 1: +3" in found.outcomes[0].text
 
 
 @pytest.mark.parametrize(
@@ -233,11 +234,54 @@ def test_the_target_class_is_spared_within_the_margin_only() -> None:
 
 
 def test_the_sheet_of_claims() -> None:
-    sheet = claims.sheet([], table1(worse="cl"), ["C1", "C9"])
+    sheet, _ = claimed.sheets([], table1(worse="cl"), ["C1", "C9"])
     assert sheet.title == "Claims: cifar10, preset paper, budget full, fp32"
     assert [(line[0], line[2]) for line in sheet.body] == [("C1", "not reproduced"), ("C9", "not run")]
     assert len(sheet.below) == 1
     assert sheets.as_text([sheet], 100).startswith("Claims")
+
+
+def test_the_numbers_behind_a_claim_are_shown() -> None:
+    rows = [replace(r, tca=76.4 + 0.1 * r.victim_seed) if r.attack != "sig" else r for r in table1(worse="cl")]
+    verdicts, one, ten = claimed.sheets([], rows, ["C1", "C10"])
+    assert one.title == "C1: MCLDef has the lowest ASR on all five CIFAR-10 attacks"
+    assert (verdicts.folded, one.folded, ten.folded) == (False, True, True)
+    assert one.head == ("", "difference", "95 % interval", "p (Holm)", "victims")
+    assert len(one.body) == 20
+    cl = [r for r in rows if r.attack == "cl"]
+    values = [next(r.asr for r in cl if (r.defense, r.victim_seed) == ("ft", v)) for v in range(5)]
+    values = [a - next(r.asr for r in cl if (r.defense, r.victim_seed) == ("mcldef", v)) for v, a in enumerate(values)]
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert next(line for line in one.body if line[0] == "cl, ASR below ft") == (
+        "cl, ASR below ft", f"{np.mean(values):+.2f}", f"{low:+.2f} to {high:+.2f}", "<0.001", "0 of 5"
+    )  # fmt: skip
+    assert one.body[0][4] == "5 of 5"
+    assert ten.head[3] == "p (TOST)"
+    assert ten.body[0] == ("badnets, change of TCA", "-0.30", "-0.50 to -0.10", "<0.001", "5 of 5")
+    assert ten.body[-1] == ("sig, change of TCA", "-0.90", "", "", "5 of 5")
+    assert "No test: no spread over victims: nothing to test against." in ten.below
+
+
+def test_below_five_victims_the_differences_stand_in_a_line() -> None:
+    def lines(n: int) -> tuple[str, ...]:
+        (sheet,) = claimed.sheets([], [r for r in table1(worse="cl") if r.victim_seed < n], ["C1"])
+        return sheet.below
+
+    evidence, numbers = lines(1)
+    assert "16 of 20 as claimed; not: cl, ASR below ft: -6." in evidence
+    assert numbers.startswith("C1, as claimed: badnets: ASR below ft +2.")
+    assert numbers.count("ASR below") == 16
+    assert "ASR below nc +5.50 (on 3 of 3)" in lines(3)[1]
+    assert "cl, ASR below ft: -6.5" in lines(3)[0]
+    assert "(on 0 of 3)" in lines(3)[0]
+    (flat,) = claimed.sheets([], table1(), ["C10"])  # all five lose 0.9 points of TCA: no interval either
+    assert flat.below[1].startswith("C10, as claimed: badnets: change of TCA -0.90 (on 5 of 5);")
+
+
+def test_what_proves_nothing_has_its_reason_in_the_table() -> None:
+    rows = [replace(r, asr=1.0, asr_k=90, asr_n=9000) if r.defense in ("mcldef", "nc") else r for r in table1()]
+    table = claimed.sheets([], rows, ["C1"])[1]
+    assert ("badnets, ASR below nc", "tied at the floor", "", "", "") in table.body
 
 
 # ---------------------------------------------------------------- what proves nothing
@@ -307,7 +351,7 @@ def test_that_a_class_is_spared_is_tested_from_both_sides() -> None:
     rows = [replace(r, tca=76.9 + changes[r.victim_seed]) if r.defense == "mcldef" else r for r in table1()]
     found = verdict(rows, "C10")
     assert found.verdict == "reproduced"
-    assert found.details[0].startswith("badnets, change of TCA: -1.00 (p 0.0")
+    assert found.outcomes[0].text.startswith("badnets, change of TCA: -1.00 (p 0.0")
 
 
 def test_nan_is_a_missing_value() -> None:
@@ -324,7 +368,7 @@ def test_an_experiment_in_the_same_folder_is_no_evidence() -> None:
              if r.defense == "mcldef"]  # fmt: skip
     faster = [replace(r, key=f"{r.key} fp32", asr=60.0, precision="fp32") for r in own]
     gtsrb = [replace(r, key=f"{r.key} g", dataset="gtsrb(split=final)") for r in own]
-    sheet = claims.sheet([*own, *other, *faster, *gtsrb], own, ["C1", "C3"])
+    sheet, _ = claimed.sheets([*own, *other, *faster, *gtsrb], own, ["C1", "C3"])
     assert [line[2] for line in sheet.body] == ["reproduced", "not run"]
     assert claims.fitting([*own, *other, *faster, *gtsrb], own) == own
     four = [replace(r, key=f"{r.key} 4", overrides=("defend.augment=none",), victim_seed=r.victim_seed,
@@ -334,7 +378,7 @@ def test_an_experiment_in_the_same_folder_is_no_evidence() -> None:
 
 def test_the_toy_is_judged_by_its_own_rows() -> None:
     toy = [replace(r, key=f"{r.key} toy", toy=True, dataset="shapes") for r in table1(worse="cl")]
-    sheet = claims.sheet([*table1(), *toy], toy, ["C1"])
+    sheet, _ = claimed.sheets([*table1(), *toy], toy, ["C1"])
     assert sheet.title.startswith("Claims: shapes")
     assert sheet.body[0][2] == "no verdict"
     assert "16 of 20 as claimed" in sheet.below[0]
