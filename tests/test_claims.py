@@ -194,6 +194,65 @@ def test_a_label_that_cannot_be_read_is_no_evidence(change: dict[str, Any]) -> N
     assert paper.sheets(strange, 1)[0].body == ()
 
 
+INVERTERS = {"mcldef": (4.0, 79.0), "mcldef(inverter=mesa)": (3.5, 80.0), "mcldef(inverter=true)": (3.0, 81.0)}
+
+
+def table2(n: int = 5) -> list[Row]:
+    """Three inverters, MESA not on blend and sig; success and L1 of their triggers as their order."""
+    rows = []
+    for attack in claims.CIFAR:
+        for i, (defense, (asr, ba)) in enumerate(INVERTERS.items()):
+            if "mesa" in defense and attack in ("blend", "sig"):
+                rows += [failed(r, "n/a") for r in spread(attack, defense, 0.0, 0.0, n=n)]
+                continue
+            rows += [
+                replace(r, inverter_success=90.0 + 4 * i + 0.3 * r.victim_seed, inverter_l1=20.0 + i)
+                for r in spread(attack, defense, asr, ba, n=n, wide=0.3 + 0.05 * i)
+            ]
+    return rows
+
+
+def test_inverters_are_compared_on_all_attacks() -> None:
+    found = verdict(table2(), "C4")
+    assert found.verdict == "reproduced"
+    names = [one.contrast.name for one in found.outcomes]
+    assert len(names) == 16  # two steps where MESA has a meaning, one where it has none, ASR and BA nt
+    assert "sig, ASR of mcldef(inverter=true) below mcldef" in names
+    assert "cl, BA nt of mcldef(inverter=mesa) above mcldef" in names
+    worse = [replace(r, asr=9.0) if r.attack == "blend" and "true" in r.defense else r for r in table2()]
+    assert verdict(worse, "C4").verdict == "not reproduced"
+    part = verdict([r for r in table2() if r.attack != "blend"], "C4")
+    assert (part.verdict, "2 of 16 comparisons have not been run" in part.evidence) == ("inconclusive", True)
+
+
+def test_the_quality_of_inverters_stands_beside_their_repairs() -> None:
+    _, table, quality = claimed.sheets([], table2(), ["C4"])
+    assert table.title.startswith("C4: ")
+    assert quality.head == ("attack", "inverter", "n", "success", "mask L1", "ASR", "BA nt")
+    assert quality.body[0] == ("badnets", "mcldef", "5", "90.60", "20.00", "3.98", "79.58")
+    assert len(quality.body) == 13
+    ranked = quality.below[-1]
+    assert "badnets: ASR -1.00 (p 0.00" in ranked
+    assert "BA nt +1.00 (p 0.00" in ranked
+    assert "blend: ASR -1.00 (cannot fire), BA nt +1.00 (cannot fire)" in ranked  # 2 of 32 orders are as extreme
+
+
+def test_inverters_are_not_ranked_by_what_proves_nothing() -> None:
+    few = claimed.sheets([], table2(4), ["C4"])[-1]
+    assert few.title.startswith("C4, inverters")
+    assert few.below[-1] == "No rank correlation: fewer than 5 victims."
+    floor = [replace(r, asr=0.1 * r.asr, asr_k=None) if r.asr is not None else r for r in table2()]
+    ranked = claimed.sheets([], floor, ["C4"])[-1]
+    assert "badnets: ASR tied at the floor, BA nt +1.00" in ranked.below[-1]
+    assert ranked.body[0][5].endswith("≈")
+    gone = [replace(r, tca=0.1) if (r.attack, r.defense) == ("cl", "mcldef(inverter=true)") else r for r in table2()]
+    assert "cl: ASR target class erased, BA nt target class erased" in claimed.sheets([], gone, ["C4"])[-1].below[-1]
+    unknown = claimed.sheets([], [replace(r, inverter_success=None) for r in table2()], ["C4"])[-1]
+    assert unknown.body[0][3] == "–"
+    assert "badnets: ASR does not vary, BA nt does not vary" in unknown.below[-1]
+    assert [sheet.title[:2] for sheet in claimed.sheets([], table2(), ["C10"])] == ["Cl"]
+
+
 def test_little_clean_data() -> None:
     rows = []
     for attack in claims.CIFAR:

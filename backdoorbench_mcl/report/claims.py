@@ -28,6 +28,8 @@ CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
 CONTROL = "mcldef+(stage=contrast)"
+ORDER = (OURS, f"{OURS}(inverter=mesa)", f"{OURS}(inverter=true)")  # of inverters, by their quality (C4)
+PATCHED = ("badnets", "trojan", "cl")
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -138,6 +140,12 @@ def judge(rows: Sequence[Row], dataset: str = "cifar10") -> list[Finding]:
     return [_finding(claim, by_name, dataset) for claim in TEXTS]
 
 
+def board_of(rows: Sequence[Row], dataset: str) -> Board:
+    """What claims about CIFAR-10 look at; a toy stands in for it: its findings are shown without a verdict."""
+    named = [row for row in rows if params.of_label(row.dataset).name == dataset]
+    return Board([row for row in named if row.toy or dataset == "cifar10"])
+
+
 def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> Finding:
     if claim == "C3":
         contrasts, rows = [], []
@@ -146,8 +154,7 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> 
             contrasts += _c3(board, name)
             rows += board.used
         return _verdict(claim, contrasts, rows, 6 * (len(RIVALS) + 1))
-    # a toy stands in for CIFAR-10: its findings are shown without a verdict
-    board = Board([row for row in by_name.get(dataset, ()) if row.toy or dataset == "cifar10"])
+    board = board_of(by_name.get(dataset, ()), dataset)
     contrasts, expected = _CLAIMS[claim](board)
     return _verdict(claim, contrasts, board.used, expected)
 
@@ -250,15 +257,16 @@ def _c3(board: Board, dataset: str) -> list[Contrast]:
 
 
 def _c4(board: Board) -> tuple[list[Contrast], int]:
-    order = (OURS, "mcldef(inverter=mesa)", "mcldef(inverter=true)")
-    attacks = ("badnets", "trojan", "cl")  # where MESA, which is told the patch, has a meaning
-    contrasts = []
-    for attack in attacks:
-        for worse, better in itertools.pairwise(order):
+    """Step by step from NC's inversion to the true trigger; over MESA where that, told the patch, has a meaning."""
+    contrasts, expected = [], 0
+    for attack in CIFAR:
+        steps = list(itertools.pairwise(ORDER if attack in PATCHED else (ORDER[0], ORDER[-1])))
+        expected += 2 * len(steps)
+        for worse, better in steps:
             first, second = board.get(attack, better), board.get(attack, worse)
             contrasts += less(first, second, "asr", f"{attack}, ASR of {better} below {worse}")
             contrasts += more(first, second, "ba_nt", f"{attack}, BA nt of {better} above {worse}")
-    return contrasts, 4 * len(attacks)
+    return contrasts, expected
 
 
 def _c5(board: Board) -> tuple[list[Contrast], int]:
@@ -380,4 +388,4 @@ _CLAIMS: Mapping[str, Callable[[Board], tuple[list[Contrast], int]]] = {
 }  # fmt: skip
 
 
-__all__ = ["TEXTS", "Board", "Finding", "fitting", "judge"]
+__all__ = ["CIFAR", "OURS", "TEXTS", "Board", "Finding", "board_of", "fitting", "judge"]
