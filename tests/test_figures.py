@@ -121,6 +121,13 @@ def test_erased_flagged_and_incomplete_cells_are_hollow_and_off_the_front() -> N
     ]  # fmt: skip
 
 
+def test_what_runs_code_of_its_own_is_hollow_for_that() -> None:
+    rows = [make("sig", "ft", 30.0, 82.0), make("sig", "guest", 1.0, 83.0, rebuild="somebody.model")]
+    assert {dot.label: dot.hollow for dot in line_of(rows)} == {
+        "ft": "", "guest": "custom inference by code of its own",
+    }  # fmt: skip
+
+
 def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     rows = [
         make("sig", "before", 99.0, 83.0), make("sig", "ft", 1.0, 80.0), make("sig", "nad", 1.5, 81.0),

@@ -10,7 +10,7 @@ import pytest
 from made import row, spread
 
 from backdoorbench_mcl.report import inference, paper, sheets
-from backdoorbench_mcl.report.grid import build
+from backdoorbench_mcl.report.grid import build, cell_of
 from backdoorbench_mcl.rows import Row
 
 
@@ -190,6 +190,25 @@ def test_floor_ties_and_erased_classes_are_not_tested() -> None:
     assert inference.sheets(build(low))[1].body[0][2] == "≈ tied"
     erased = [replace(r, tca=1.0) if r.defense == "ft" else r for r in two(5)]
     assert inference.sheets(build(erased))[1].body[0][2] == "×"
+
+
+def test_what_runs_code_of_its_own_is_not_called_a_missing_run() -> None:
+    rows = [replace(r, rebuild="somebody.model" if r.defense == "ft" else "backdoorbench_mcl.mean") for r in two(5)]
+    (line,) = inference.sheets(build(rows))[1].body
+    below = inference.sheets(build(rows))[1].below
+    assert (line[2], line[6]) == ("own code", "own code")
+    assert "own code: custom inference by code of its own, which runs where the test images are: not tested." in below
+    assert not any("k/n" in text for text in below)
+    assert paper.untestable(cell_of([r for r in rows if r.defense == "ft"])) == "custom inference by code of its own"
+    assert paper.untestable(cell_of([r for r in rows if r.defense == "mcldef"])) == ""
+
+
+def test_a_pair_without_asr_has_no_asr_difference() -> None:
+    clean = [replace(row("none", d, 0.0, 80.0), asr=None, asr_k=None, asr_n=None) for d in ("before", "ft", "mcldef")]
+    judged = inference.Judged(np.arange(200) < 190, np.zeros(0, bool))
+    (line,) = inference.sheets(build(clean), predictions=lambda one: judged)[0].body
+    assert line[2:5] == ("–", "", "")
+    assert line[5] == "+0.00"
 
 
 def test_only_draws_that_both_have_finished_are_paired() -> None:

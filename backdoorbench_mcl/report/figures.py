@@ -275,7 +275,8 @@ def dots(line: Line, columns: Sequence[Column], cost: bool = False) -> list[Dot]
             continue
         x = cell.mean("seconds_shared") if cost else cell.asr.mean
         if x is not None:
-            why = "weak attack" if line.flagged else "runs missing" if cell.incomparable else ""
+            short = cell.incomparable if cell.guest else "runs missing" if cell.incomparable else ""
+            why = "weak attack" if line.flagged else short
             why = "target class erased" if cell.erased else why
             out.append(Dot(column.label, x, cell.asr.mean, cell.ba.mean, cell.floor, why))
     return out

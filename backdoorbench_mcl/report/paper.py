@@ -178,12 +178,12 @@ def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
 
 
 def untestable(*cells: Cell) -> str:
-    """Why nothing may be concluded from some cells, "" if something may: a class deleted, runs missing for any reason,
-    an attack that is flagged, or two results of one seed.
+    """Why nothing may be concluded from some cells, "" if something may: a class deleted, code of a method beside the
+    test images, runs missing for any reason, an attack that is flagged, or two results of one seed.
     """
     for cell in cells:
-        if cell.erased:
-            return "target class erased"
+        if cell.erased or cell.guest:
+            return cell.incomparable
         if len(cell.ok) < len(cell.runs):
             held_back = f", {cell.held_back} held back by the gate" if cell.held_back else ""
             return f"{len(cell.ok)} of {len(cell.runs)} runs finished{held_back}"
