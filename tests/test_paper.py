@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from made import row, spread
 
-from backdoorbench_mcl.report import inference, paper, sheets
+from backdoorbench_mcl.report import inference, paper, sheets, statistics
 from backdoorbench_mcl.report.grid import build, cell_of
 from backdoorbench_mcl.rows import Row
 
@@ -87,6 +87,39 @@ def test_without_enough_there_is_no_word(rows: list[Row], says: str) -> None:
     found = paper.compare(rows, 1)[0]
     assert found.why == says
     assert {found.asr_word, found.ba_word} <= {"", "too wide to say"}
+
+
+def test_the_prediction_interval_is_shown_and_whether_the_printed_number_lies_in_it() -> None:
+    rows = spread("badnets", "mcldef", 2.3, 81.6) + spread("cl", "mcldef", 9.0, 70.0)
+    (sheet,) = paper.sheets(rows, 1)
+    assert sheet.head[3:8] == ("ASR", "printed", "diff.", "95 % prediction", "")
+    assert sheet.head[8:] == ("BA nt", "printed", "diff.", "95 % prediction", "")
+    near, far = sheet.body
+    asr = statistics.predicted(paper.per_victim(rows[:5], "asr"), 2.22, 9000, logit=True)
+    ba = statistics.predicted(paper.per_victim(rows[:5], "ba_nt"), 82.19, 9000)
+    assert asr is not None
+    assert ba is not None
+    assert near[6:8] == (f"{asr.low:.2f} to {asr.high:.2f}, in", "consistent")
+    assert near[11:] == (f"{ba.low:.2f} to {ba.high:.2f}, in", "consistent")
+    assert (far[6].endswith(", out"), far[7]) == (True, "differs")
+    wide = paper.sheets(spread("badnets", "mcldef", 3.0, 81.6, wide=3.0), 1)[0].body[0]
+    assert (wide[11].endswith(", in"), wide[12]) == (True, "too wide to say")
+
+
+@pytest.mark.parametrize(
+    "rows, shown",
+    [
+        (spread("badnets", "mcldef", 2.3, 81.6, n=4), False),
+        (spread("badnets", "mcldef", 2.3, 81.6, budget="mid"), True),  # a number, and no word
+        (spread("badnets", "mcldef", 2.3, 81.6, overrides=("mcldef.temperature=0.1",)), False),
+        ([replace(r, state="failed") if r.victim_seed == 5 else r for r in spread("badnets", "mcldef", 2.3, 81.6, n=6)],
+         False),
+    ],
+)  # fmt: skip
+def test_no_interval_for_few_victims_or_missing_runs(rows: list[Row], shown: bool) -> None:
+    sheet = paper.sheets(rows, 1)[0]
+    assert ("95 % prediction" in sheet.head) == shown
+    assert "consistent" not in sheet.body[0]
 
 
 def test_draws_of_one_victim_count_once() -> None:

@@ -21,6 +21,7 @@ from . import statistics
 from .grid import BEFORE, Block, Cell, cell_of, excluding
 from .notes import ERASED, FLOOR, NONE, asr_marks
 from .sheets import Sheet
+from .statistics import Prediction
 
 DATASETS = {"cifar10": "Cifar-10", "gtsrb": "GTSRB", "imagenet20": "ImageNet"}
 MODELS = {"cifar10": "wrn-16-1", "gtsrb": "wrn-16-1", "imagenet20": "resnet18"}
@@ -61,7 +62,8 @@ class Printed:
 @dataclass(frozen=True)
 class Comparison:
     """Our runs of one printed cell. asr, ba_nt: a mean per victim; the words are "" where nothing may be said; marks:
-    as in the grids (target class erased, ASR at its floor).
+    as in the grids (target class erased, ASR at its floor); predicted: of ASR and BA nt, None where too few victims or
+    not all of the runs allow an interval.
     """
 
     printed: Printed
@@ -72,6 +74,7 @@ class Comparison:
     ba_word: Verdict
     why: str  # why there is no word
     marks: str = ""
+    predicted: tuple[Prediction | None, Prediction | None] = (None, None)
 
 
 @cache
@@ -165,16 +168,20 @@ def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     runs = cell_of(fitting)
     marks = asr_marks(runs)
     scaled = sorted({row.budget for row in fitting} - {"full"})
-    obstacle = f"scaled protocol (budget {', '.join(scaled)})" if scaled else untestable(runs)
-    if obstacle:
-        return Comparison(cell, dataset, asr, ba, "", "", obstacle, marks)
+    missing = untestable(runs)
     images = IMAGES[params.of_label(dataset).name]
-    words = [
-        _word(asr, cell.asr, images, statistics.ASR_WIDTH, logit=True),
-        _word(ba, cell.ba, images, statistics.BA_WIDTH, logit=False),
-    ]
+    found = (
+        (None, None) if missing else (_predicted(asr, cell.asr, images, True), _predicted(ba, cell.ba, images, False))
+    )
+    if scaled or missing:
+        why = f"scaled protocol (budget {', '.join(scaled)})" if scaled else missing
+        return Comparison(cell, dataset, asr, ba, "", "", why, marks, found)
+    words = (
+        _word(cell.asr if asr else None, found[0], statistics.ASR_WIDTH),
+        _word(cell.ba if ba else None, found[1], statistics.BA_WIDTH),
+    )
     why = f"n = {len(ba)}: fewer than {statistics.MIN_VICTIMS} victims" if len(ba) < statistics.MIN_VICTIMS else ""
-    return Comparison(cell, dataset, asr, ba, words[0], words[1], why, marks)
+    return Comparison(cell, dataset, asr, ba, *words, why, marks, found)
 
 
 def untestable(*cells: Cell) -> str:
@@ -194,13 +201,16 @@ def untestable(*cells: Cell) -> str:
     return ""
 
 
-def _word(values: Sequence[float], value: float | None, images: int, width: float, *, logit: bool) -> Verdict:
+def _predicted(values: Sequence[float], value: float | None, images: int, logit: bool) -> Prediction | None:
     """Spec 12.2: a prediction interval, because the printed number is one draw and not a mean."""
-    if value is None or not values:
+    if value is None or len(values) < statistics.MIN_VICTIMS:
+        return None
+    return statistics.predicted(values, value, images, logit=logit)
+
+
+def _word(value: float | None, found: Prediction | None, width: float) -> Verdict:
+    if value is None:
         return ""
-    if len(values) < statistics.MIN_VICTIMS:
-        return "too wide to say"
-    found = statistics.predicted(values, value, images, logit=logit)
     if found is None:
         return "too wide to say"
     if not found.inside:
@@ -220,19 +230,23 @@ def sheets(rows: Sequence[Row], table: int) -> list[Sheet]:
 def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
     body, notes_ = [], []
     found = compare(rows, table)
+    predicted = ["95 % prediction"] if any(one for c in found for one in c.predicted) else []
     for c in found:
         ours = [fmean(values) if values else None for values in (c.asr, c.ba_nt)]
         asr, ba = (_beside(own, value) for own, value in zip(ours, (c.printed.asr, c.printed.ba), strict=True))
         asr = (asr[0] + c.marks, *asr[1:])
         n = str(len(c.ba_nt)) if c.ba_nt else NONE
-        body.append((c.printed.attack, c.printed.defense, n, *asr, c.asr_word, *ba, c.ba_word))
+        inside = [() if not predicted else (_interval(one),) for one in c.predicted]
+        body.append((c.printed.attack, c.printed.defense, n, *asr, *inside[0], c.asr_word, *ba, *inside[1], c.ba_word))
         if c.why:
             notes_.append(c.why)
-    head = ("attack", "defense", "n", "ASR", "printed", "diff.", "", "BA nt", "printed", "diff.", "")
+    head = ("attack", "defense", "n", "ASR", "printed", "diff.", *predicted, "", "BA nt", "printed", "diff.",
+            *predicted, "")  # fmt: skip
     below = [
         "The printed BA leaves out the target class, so it stands beside our BA nt; n: victims. A word is given for a "
         "prediction interval around at least 5 victims at budget full (spec 12.2), at most 2 points of BA and 3 of ASR "
         "to either side.",
+        *("95 % prediction: where one more victim would lie; in, out: the printed number." for _ in predicted),
         *(text for mark, text in _MARKS.items() if any(mark == c.marks for c in found)),
         *(f"No word: {why}." for why in dict.fromkeys(notes_)), *ODDITIES.get(table, ()),
     ]  # fmt: skip
@@ -240,6 +254,10 @@ def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
         why = next((why for row in rows if (why := departure(row, table))), "")
         below = ["No finished run stands for a printed cell" + (f": {why}." if why else ".")]
     return Sheet(f"Beside the printed Table {table}: {protocol}", head if body else (), tuple(body), 2, tuple(below))
+
+
+def _interval(found: Prediction | None) -> str:
+    return "" if found is None else f"{found.low:.2f} to {found.high:.2f}, {'in' if found.inside else 'out'}"
 
 
 def _beside(own: float | None, value: float | None) -> tuple[str, str, str]:
