@@ -22,6 +22,26 @@ def test_every_printed_number_is_there() -> None:
     assert next(c for c in cells if (c.table, c.attack, c.defense) == (1, "BadNets", "MCLDef")).ba == 82.19
 
 
+def test_what_the_text_of_the_paper_says_of_its_table_is_computed_from_it() -> None:
+    """The numbers of spec 11.1."""
+    *_, relative, drops, attacks = paper.oddities(1)
+    assert relative == (
+        "Reductions of ASR in the text are relative to the best rival, not points: BadNets 21.3 % (0.60 points), Trojan "
+        "32.1 % (1.24), Blend 8.2 % (0.19), CL 95.8 % (5.47), Sig 47.7 % (3.25), on GTSRB Blend 70.4 % (0.76); so is "
+        "the gain of BA there, 3.3 % (3.09)."
+    )
+    assert drops == (
+        "The text has MCLDef lose mostly below 2 % of BA: so it does in 8 of 11 lines, by 0.82, 0.80, 0.22, 2.47, "
+        "10.83 (Cifar-10), 1.54, 1.67, 1.57 (GTSRB), -0.73, -0.84, 2.43 (ImageNet) points."
+    )
+    assert attacks == (
+        "The text counts four attacks in one place and five in others: here are 5 on Cifar-10, 3 on GTSRB, 3 on "
+        "ImageNet."
+    )
+    assert len(paper.oddities(1)) == 5
+    assert (len(paper.oddities(2)), paper.oddities(5)) == (1, ())
+
+
 def test_a_row_finds_its_cell_by_its_labels() -> None:
     found = paper.find(row("sig", "mcldef", 3.0, 73.0), 1)
     assert found is not None
