@@ -307,9 +307,8 @@ def test_the_numbers_behind_a_claim_are_shown() -> None:
     assert (verdicts.folded, one.folded, ten.folded) == (False, True, True)
     assert one.head == ("", "difference", "95 % interval", "p (Holm)", "victims")
     assert len(one.body) == 20
-    cl = [r for r in rows if r.attack == "cl"]
-    values = [next(r.asr for r in cl if (r.defense, r.victim_seed) == ("ft", v)) for v in range(5)]
-    values = [a - next(r.asr for r in cl if (r.defense, r.victim_seed) == ("mcldef", v)) for v, a in enumerate(values)]
+    ft, ours = ([r.asr or 0.0 for r in rows if (r.attack, r.defense) == ("cl", name)] for name in ("ft", "mcldef"))
+    values = [a - b for a, b in zip(ft, ours, strict=True)]  # in the order of victims
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert next(line for line in one.body if line[0] == "cl, ASR below ft") == (
         "cl, ASR below ft", f"{np.mean(values):+.2f}", f"{low:+.2f} to {high:+.2f}", "<0.001", "0 of 5"

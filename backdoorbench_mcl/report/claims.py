@@ -349,8 +349,9 @@ def _temperature(row: Row) -> float | None:
     """Of `mcldef(temperature=...)` and nothing else, None for what is no temperature."""
     chosen = params.of_label(row.defense)
     found = chosen.params.get("temperature")
-    number = isinstance(found, int | float) and not isinstance(found, bool)
-    return found if number and chosen.name == OURS and len(chosen.params) == 1 and found > 0 else None
+    if chosen.name != OURS or len(chosen.params) != 1 or isinstance(found, bool):
+        return None
+    return found if isinstance(found, int | float) and found > 0 else None
 
 
 def _c9(board: Board) -> tuple[list[Contrast], int]:
