@@ -2,9 +2,9 @@
 
 A claim is a set of paired differences, signed so that positive means "as claimed" and corrected together by Holm:
 reproduced where all are significantly positive, not reproduced where one is significantly negative, else inconclusive.
-A cell of which a run is missing, whose attack is flagged or which deleted the target class proves nothing. Fewer than
-five victims, another budget than `full` or a departure from the protocol give no verdict at all; the numbers are shown
-all the same.
+A cell of which a run is missing, whose attack is flagged or which deleted the target class proves nothing, nor does
+less ASR than a cell at its floor has. Fewer than five victims, another budget than `full` or a departure from the
+protocol give no verdict at all; the numbers are shown all the same.
 """
 
 from __future__ import annotations
