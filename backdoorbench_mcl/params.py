@@ -127,6 +127,14 @@ def selection(text: str) -> Selection:
     return Selection(label, match["full"], match["suffix"], params)
 
 
+def of_label(label: str) -> Selection:
+    """What a stored row is called. One that somebody else wrote may be no selection: then it is a name alone."""
+    try:
+        return selection(label)
+    except UserError:
+        return Selection(label, label)
+
+
 def _last_group(label: str) -> int | None:
     """Where the parenthesis opens that the last character of `label` closes; what stands in quotes closes nothing."""
     opened: list[int] = []
@@ -229,6 +237,6 @@ def overrides(lines: list[str]) -> dict[str, dict[str, Any]]:
 
 
 __all__ = [
-    "CLEAN_RATE", "MOST", "Selection", "Sweep", "assignments", "overrides", "plain", "selection", "selections", "split",
-    "sweep", "swept", "typed", "value",
+    "CLEAN_RATE", "MOST", "Selection", "Sweep", "assignments", "of_label", "overrides", "plain", "selection",
+    "selections", "split", "sweep", "swept", "typed", "value",
 ]  # fmt: skip

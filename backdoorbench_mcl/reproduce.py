@@ -193,11 +193,9 @@ def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
 
 def _judged(claimed: Sequence[str], settings: runner.Settings, own: Sequence[Row]) -> tuple[Sheet, ...]:
     """The claims, judged on whatever is stored of the protocol of a run, whose rows are `own`."""
-    from .report import claims
+    from .report import claimed as tables
 
-    if not claimed:
-        return ()
-    return (claims.sheet(runner.stored_rows(settings.runs), own, claimed),)
+    return tuple(tables.sheets(runner.stored_rows(settings.runs), own, claimed)) if claimed else ()
 
 
 def _text(

@@ -121,6 +121,13 @@ def test_erased_flagged_and_incomplete_cells_are_hollow_and_off_the_front() -> N
     ]  # fmt: skip
 
 
+def test_what_runs_code_of_its_own_is_hollow_for_that() -> None:
+    rows = [make("sig", "ft", 30.0, 82.0), make("sig", "guest", 1.0, 83.0, rebuild="somebody.model")]
+    assert {dot.label: dot.hollow for dot in line_of(rows)} == {
+        "ft": "", "guest": "custom inference by code of its own",
+    }  # fmt: skip
+
+
 def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     rows = [
         make("sig", "before", 99.0, 83.0), make("sig", "ft", 1.0, 80.0), make("sig", "nad", 1.5, 81.0),
@@ -134,6 +141,16 @@ def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     assert made.get_suptitle().replace("\n", " ") == "t; dashed: Pareto front, cells at the floor of ASR tie"
     (drawn,) = made.axes[0].lines
     assert np.allclose(np.asarray(drawn.get_xdata(), float), [1.5, 40.0])
+
+
+def test_a_cell_at_its_floor_is_off_the_front_for_its_ba_alone() -> None:
+    rows = [
+        make("sig", "before", 99.0, 83.0, ftr=3.5), make("sig", "nc", 3.4, 81.0, ftr=3.7),
+        make("sig", "mcldef", 1.1, 80.0, ftr=0.8), make("sig", "nad", 2.5, 82.0), make("sig", "ft", 9.0, 81.5),
+    ]  # fmt: skip
+    assert [dot.label for dot in figures.best(line_of(rows))] == ["nad"]  # it ties with nc, which ties with mcldef
+    lower = [Row.from_dict({**row.as_dict(), "ba": 79.0}) if row.defense == "nc" else row for row in rows]
+    assert [dot.label for dot in figures.best(line_of(lower))] == ["mcldef", "nad"]
 
 
 @pytest.mark.parametrize("cost", [False, True])

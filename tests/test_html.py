@@ -324,6 +324,15 @@ def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
     ]  # fmt: skip
 
 
+def test_a_folded_sheet_shows_its_title_alone() -> None:
+    body = (("cl", "+1.00"),)
+    text = page([], below=[Sheet("Claims", ("", "n"), body, 1), Sheet("C1 <it>", ("", "n"), body, 1, folded=True)])
+    found = [tag for tag, _ in Parsed(text).tags if tag in ("h2", "details", "summary", "table")]
+    assert found == ["h2", "table", "details", "summary", "table"]
+    assert "<summary>C1 &lt;it&gt;</summary>" in text
+    assert text.count("</details>") == 1
+
+
 def test_plots_are_limited_by_cells_and_not_by_runs() -> None:
     rows = [
         make(f"attack{a}", f"defense{d}", 5.0 + d, 80.0, victim=v, draw=r)

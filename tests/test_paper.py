@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from made import row, spread
 
-from backdoorbench_mcl.report import inference, paper, sheets
-from backdoorbench_mcl.report.grid import build
+from backdoorbench_mcl.report import inference, paper, sheets, statistics
+from backdoorbench_mcl.report.grid import build, cell_of
 from backdoorbench_mcl.rows import Row
 
 
@@ -20,6 +20,26 @@ def test_every_printed_number_is_there() -> None:
     assert {(c.table, sum(o.table == c.table for o in cells)) for c in cells} == {(1, 66), (2, 25), (4, 30), (5, 30)}
     assert next(c for c in cells if (c.table, c.attack, c.defense) == (2, "Sig", "MESA")).asr is None
     assert next(c for c in cells if (c.table, c.attack, c.defense) == (1, "BadNets", "MCLDef")).ba == 82.19
+
+
+def test_what_the_text_of_the_paper_says_of_its_table_is_computed_from_it() -> None:
+    """The numbers of spec 11.1."""
+    *_, relative, drops, attacks = paper.oddities(1)
+    assert relative == (
+        "Reductions of ASR in the text are relative to the best rival, not points: BadNets 21.3 % (0.60 points), "
+        "Trojan 32.1 % (1.24), Blend 8.2 % (0.19), CL 95.8 % (5.47), Sig 47.7 % (3.25), on GTSRB Blend 70.4 % (0.76); "
+        "so is the gain of BA there, 3.3 % (3.09)."
+    )
+    assert drops == (
+        "The text has MCLDef lose mostly below 2 % of BA: so it does in 8 of 11 lines, by 0.82, 0.80, 0.22, 2.47, "
+        "10.83 (Cifar-10), 1.54, 1.67, 1.57 (GTSRB), -0.73, -0.84, 2.43 (ImageNet) points."
+    )
+    assert attacks == (
+        "The text counts four attacks in one place and five in others: here are 5 on Cifar-10, 3 on GTSRB, 3 on "
+        "ImageNet."
+    )
+    assert len(paper.oddities(1)) == 5
+    assert (len(paper.oddities(2)), paper.oddities(5)) == (1, ())
 
 
 def test_a_row_finds_its_cell_by_its_labels() -> None:
@@ -87,6 +107,39 @@ def test_without_enough_there_is_no_word(rows: list[Row], says: str) -> None:
     found = paper.compare(rows, 1)[0]
     assert found.why == says
     assert {found.asr_word, found.ba_word} <= {"", "too wide to say"}
+
+
+def test_the_prediction_interval_is_shown_and_whether_the_printed_number_lies_in_it() -> None:
+    rows = spread("badnets", "mcldef", 2.3, 81.6) + spread("cl", "mcldef", 9.0, 70.0)
+    (sheet,) = paper.sheets(rows, 1)
+    assert sheet.head[3:8] == ("ASR", "printed", "diff.", "95 % prediction", "")
+    assert sheet.head[8:] == ("BA nt", "printed", "diff.", "95 % prediction", "")
+    near, far = sheet.body
+    asr = statistics.predicted(paper.per_victim(rows[:5], "asr"), 2.22, 9000, logit=True)
+    ba = statistics.predicted(paper.per_victim(rows[:5], "ba_nt"), 82.19, 9000)
+    assert asr is not None
+    assert ba is not None
+    assert near[6:8] == (f"{asr.low:.2f} to {asr.high:.2f}, in", "consistent")
+    assert near[11:] == (f"{ba.low:.2f} to {ba.high:.2f}, in", "consistent")
+    assert (far[6].endswith(", out"), far[7]) == (True, "differs")
+    wide = paper.sheets(spread("badnets", "mcldef", 3.0, 81.6, wide=3.0), 1)[0].body[0]
+    assert (wide[11].endswith(", in"), wide[12]) == (True, "too wide to say")
+
+
+@pytest.mark.parametrize(
+    "rows, shown",
+    [
+        (spread("badnets", "mcldef", 2.3, 81.6, n=4), False),
+        (spread("badnets", "mcldef", 2.3, 81.6, budget="mid"), True),  # a number, and no word
+        (spread("badnets", "mcldef", 2.3, 81.6, overrides=("mcldef.temperature=0.1",)), False),
+        ([replace(r, state="failed") if r.victim_seed == 5 else r for r in spread("badnets", "mcldef", 2.3, 81.6, n=6)],
+         False),
+    ],
+)  # fmt: skip
+def test_no_interval_for_few_victims_or_missing_runs(rows: list[Row], shown: bool) -> None:
+    sheet = paper.sheets(rows, 1)[0]
+    assert ("95 % prediction" in sheet.head) == shown
+    assert "consistent" not in sheet.body[0]
 
 
 def test_draws_of_one_victim_count_once() -> None:
@@ -190,6 +243,25 @@ def test_floor_ties_and_erased_classes_are_not_tested() -> None:
     assert inference.sheets(build(low))[1].body[0][2] == "≈ tied"
     erased = [replace(r, tca=1.0) if r.defense == "ft" else r for r in two(5)]
     assert inference.sheets(build(erased))[1].body[0][2] == "×"
+
+
+def test_what_runs_code_of_its_own_is_not_called_a_missing_run() -> None:
+    rows = [replace(r, rebuild="somebody.model" if r.defense == "ft" else "backdoorbench_mcl.mean") for r in two(5)]
+    (line,) = inference.sheets(build(rows))[1].body
+    below = inference.sheets(build(rows))[1].below
+    assert (line[2], line[6]) == ("own code", "own code")
+    assert "own code: custom inference by code of its own, which runs where the test images are: not tested." in below
+    assert not any("k/n" in text for text in below)
+    assert paper.untestable(cell_of([r for r in rows if r.defense == "ft"])) == "custom inference by code of its own"
+    assert paper.untestable(cell_of([r for r in rows if r.defense == "mcldef"])) == ""
+
+
+def test_a_pair_without_asr_has_no_asr_difference() -> None:
+    clean = [replace(row("none", d, 0.0, 80.0), asr=None, asr_k=None, asr_n=None) for d in ("before", "ft", "mcldef")]
+    judged = inference.Judged(np.arange(200) < 190, np.zeros(0, bool))
+    (line,) = inference.sheets(build(clean), predictions=lambda one: judged)[0].body
+    assert line[2:5] == ("–", "", "")
+    assert line[5] == "+0.00"
 
 
 def test_only_draws_that_both_have_finished_are_paired() -> None:

@@ -85,7 +85,9 @@ def test_ranks() -> None:
     assert ranks([1.004, 1.001, 2.0, 2.001], [False] * 4) == ["best", "best", "second", "second"]  # ties as printed
     assert ranks([None, 1.0], [False] * 2) == ["", ""]  # one value has no rival
     assert ranks([], []) == []
-    # Tied cells are best together; what is below the least of them is no worse, what lies between is second.
+    # Cells at their floor are beaten by none, and beat what has more of ASR and is not at its own.
+    assert ranks([1.13, 3.4], [False, True]) == ["best", "best"]
+    assert ranks([1.0, 2.0, 3.4], [False, False, True]) == ["best", "second", "best"]
     assert ranks([1.6, 1.8, 1.5, 1.7, 1.9], [True, True, False, False, False]) == ["best", "best", "best", "second", ""]
 
 

@@ -349,7 +349,8 @@ def sweep() -> list[Row]:
 
 
 def test_the_pareto_front() -> None:
-    assert figures.front([(1, 80), (2, 79), (3, 82), (0.5, 70), (3, 81)]) == [3, 0, 2]
+    points = [(1, 80), (2, 79), (3, 82), (0.5, 70), (3, 81)]
+    assert figures.front([(asr, ba, False) for asr, ba in points]) == [3, 0, 2]
     assert figures.front([]) == []
 
 

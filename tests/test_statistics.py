@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import fmean, stdev
 
@@ -132,6 +133,39 @@ def test_holm_leaves_out_what_was_not_tested() -> None:
 def test_mcnemar_against_statsmodels(b: int, c: int) -> None:
     expected = reference_mcnemar([[100, b], [c, 100]], exact=True).pvalue
     assert s.mcnemar(b, c) == pytest.approx(expected)
+
+
+def test_rank_correlation_of_one_group_is_spearmans() -> None:
+    pairs = [(float(a), float(b)) for a, b in np.random.default_rng(3).normal(size=(12, 2))]
+    pairs += [(0.5, 0.5), (0.5, 0.7), (0.6, 0.5)]  # ties
+    found = s.rank_correlation([pairs])
+    assert found is not None
+    assert found.rho == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    assert found.p is None  # one victim
+
+
+def test_ranks_are_shuffled_within_victims_only() -> None:
+    """Victims differ by far more than what is drawn on each: p against every permutation there is."""
+    rng = np.random.default_rng(6)
+    groups = [[(v + 0.1 * i, 9.0 * v + float(x)) for i, x in enumerate(rng.normal(size=3))] for v in range(5)]
+    found = s.rank_correlation(groups)
+    ranks = [stats.rankdata([y for _, y in group]) for group in groups]
+    orders = itertools.product(*(itertools.permutations(r) for r in ranks))
+    every = np.array([sum((i - 1) * o for order in given for i, o in enumerate(order)) for given in orders])
+    at = sum((i - 1) * o for order in ranks for i, o in enumerate(order))
+    assert found is not None
+    assert found.p is not None
+    assert found.rho == pytest.approx(at / 10)
+    assert 0.05 < found.p < 0.95
+    assert found.p == pytest.approx(np.mean(np.abs(every) >= abs(at) - 1e-9), abs=0.02)
+
+
+def test_a_rank_correlation_that_cannot_fire_has_no_p() -> None:
+    two = [(1.0, 2.0), (2.0, 3.0)]  # on 5 victims 2 of 32 orders are as extreme, on 6 victims 2 of 64
+    found = [s.rank_correlation([two] * n) for n in (5, 6)]
+    assert [None if one is None else (one.rho, one.p is None) for one in found] == [(1.0, True), (1.0, False)]
+    assert s.rank_correlation([[(1.0, 2.0), (1.0, 3.0)]] * 6) is None
+    assert s.rank_correlation([]) is None
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,25 @@
 
 A claim is a set of paired differences, signed so that positive means "as claimed" and corrected together by Holm:
 reproduced where all are significantly positive, not reproduced where one is significantly negative, else inconclusive.
-A cell of which a run is missing, whose attack is flagged or which deleted the target class proves nothing. Fewer than
-five victims, another budget than `full` or a departure from the protocol give no verdict at all; the numbers are shown
-all the same.
+A cell of which a run is missing, whose attack is flagged or which deleted the target class proves nothing, nor does
+less ASR than a cell at its floor has. Fewer than five victims, another budget than `full` or a departure from the
+protocol give no verdict at all; the numbers are shown all the same.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 from .. import params
 from ..rows import Row
 from . import paper, statistics
-from .grid import Cell, cell_of, excluding
-from .inference import p_text, shared
-from .sheets import Sheet
-from .statistics import Difference
+from .contrasts import NAMES, TIED, Contrast, Outcome, by_victim, less, more, tested
+from .grid import Cell, cell_of, excluding, tied
+from .inference import shared
 
 Verdict = Literal["reproduced", "not reproduced", "inconclusive", "no verdict", "not run"]
 POISONED_LABEL = ("badnets", "trojan", "blend")
@@ -30,6 +28,8 @@ CIFAR = (*POISONED_LABEL, "cl", "sig")
 RIVALS = ("ft", "nad", "ibau", "nc")
 OURS = "mcldef"
 CONTROL = "mcldef+(stage=contrast)"
+ORDER = (OURS, f"{OURS}(inverter=mesa)", f"{OURS}(inverter=true)")  # of inverters, by their quality (C4)
+PATCHED = ("badnets", "trojan", "cl")
 HALVED = 0.5  # what "cuts ASR much" means in C7: to less than half of its value before
 
 TEXTS: Mapping[str, str] = {
@@ -48,56 +48,12 @@ TEXTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """evidence: what the verdict rests on, or what is missing; details: every difference, positive as claimed."""
+    """evidence: what the verdict rests on, or what is missing; outcomes: every difference."""
 
     claim: str
     verdict: Verdict
     evidence: str
-    details: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """One difference that a claim is made of. values: one a victim, positive as claimed; None where `why` says so.
-
-    margin: where the claim is that something stays within it on either side; values then are the changes themselves.
-    """
-
-    name: str
-    values: tuple[float, ...] | None
-    why: str = ""
-    margin: float | None = None
-
-    @property
-    def signed(self) -> tuple[float, ...] | None:
-        """The values; of a margin, what is left of it on the nearer side."""
-        if self.values is None or self.margin is None:
-            return self.values
-        nearer = -1 if fmean(self.values) < 0 else 1
-        return tuple(self.margin - nearer * change for change in self.values)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a contrast came to. p: of the test that it holds; refuted: whether it is significantly the other way."""
-
-    contrast: Contrast
-    found: Difference | None = None
-    p: float | None = None
-    refuted: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is significantly as claimed."""
-        return self.found is not None and self.found.mean > 0 and self.p is not None and self.p < statistics.LEVEL
-
-    @property
-    def text(self) -> str:
-        """The difference and its p, or why there is none."""
-        if self.found is None or self.contrast.values is None:
-            return f"{self.contrast.name}: {self.contrast.why}"
-        p = p_text(self.p)
-        return f"{self.contrast.name}: {fmean(self.contrast.values):+.2f}" + (f" (p {p})" if p else "")
+    outcomes: tuple[Outcome, ...] = ()
 
 
 class Board:
@@ -125,7 +81,7 @@ class Board:
 
 
 def _network(row: Row) -> str | None:
-    return paper.MODELS.get(params.selection(row.dataset).name)
+    return paper.MODELS.get(params.of_label(row.dataset).name)
 
 
 def _augmented(row: Row, recipe: str, unknown: bool | None) -> bool | None:
@@ -141,11 +97,11 @@ def fitting(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
     """
     protocol = _protocol(own[0])
     lines = {line for row in own for line in _unpinned(row)}
-    labels = {params.selection(row.dataset).name: row.dataset for row in own}
+    labels = {params.of_label(row.dataset).name: row.dataset for row in own}
     mine = {_place(row) for row in own}
 
     def fits(row: Row) -> bool:
-        name = params.selection(row.dataset).name
+        name = params.of_label(row.dataset).name
         same = _protocol(row) == protocol and row.dataset == labels.get(name, name)
         return same and (not row.toy or row.model == own[0].model) and lines >= set(_unpinned(row))
 
@@ -180,8 +136,14 @@ def judge(rows: Sequence[Row], dataset: str = "cifar10") -> list[Finding]:
     """
     by_name: dict[str, list[Row]] = {}
     for row in rows:
-        by_name.setdefault(params.selection(row.dataset).name, []).append(row)
+        by_name.setdefault(params.of_label(row.dataset).name, []).append(row)
     return [_finding(claim, by_name, dataset) for claim in TEXTS]
+
+
+def board_of(rows: Sequence[Row], dataset: str) -> Board:
+    """What claims about CIFAR-10 look at; a toy stands in for it: its findings are shown without a verdict."""
+    named = [row for row in rows if params.of_label(row.dataset).name == dataset]
+    return Board([row for row in named if row.toy or dataset == "cifar10"])
 
 
 def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> Finding:
@@ -192,8 +154,7 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> 
             contrasts += _c3(board, name)
             rows += board.used
         return _verdict(claim, contrasts, rows, 6 * (len(RIVALS) + 1))
-    # a toy stands in for CIFAR-10: its findings are shown without a verdict
-    board = Board([row for row in by_name.get(dataset, ()) if row.toy or dataset == "cifar10"])
+    board = board_of(by_name.get(dataset, ()), dataset)
     contrasts, expected = _CLAIMS[claim](board)
     return _verdict(claim, contrasts, board.used, expected)
 
@@ -201,40 +162,24 @@ def _finding(claim: str, by_name: Mapping[str, Sequence[Row]], dataset: str) -> 
 def _verdict(claim: str, contrasts: Sequence[Contrast], rows: Sequence[Row], expected: int) -> Finding:
     if not contrasts:
         return Finding(claim, "not run", "nothing that this claim needs is stored")
-    found = _tested(contrasts)
-    details = tuple(outcome.text for outcome in found)
+    found = tested(contrasts)
     evidence = _evidence(found)
     missing = expected - len(contrasts)
     if missing > 0:
         evidence = f"{missing} of {expected} comparisons have not been run; {evidence}"
     reason = _no_verdict(rows, found)
     if reason:
-        return Finding(claim, "no verdict", f"{reason}; {evidence}", details)
+        return Finding(claim, "no verdict", f"{reason}; {evidence}", found)
     if any(outcome.refuted for outcome in found):
-        return Finding(claim, "not reproduced", evidence, details)
+        return Finding(claim, "not reproduced", evidence, found)
     if missing <= 0 and all(outcome.holds for outcome in found):
-        return Finding(claim, "reproduced", evidence, details)
-    return Finding(claim, "inconclusive", evidence, details)
-
-
-def _tested(contrasts: Sequence[Contrast]) -> list[Outcome]:
-    """Each contrast tested; two-sided p values are corrected over the claim. That something stays within a margin is
-    tested by TOST, not corrected: a claim holds only if all of its contrasts do.
-    """
-    tested = [None if c.signed is None else statistics.of_differences(c.signed) for c in contrasts]
-    corrected = statistics.holm([None if d is None else d.p for d in tested])
-    out = []
-    for contrast, found, p in zip(contrasts, tested, corrected, strict=True):
-        refuted = found is not None and found.mean < 0 and p is not None and p < statistics.LEVEL
-        if contrast.margin is not None and contrast.values is not None:
-            p = statistics.equivalent(contrast.values, contrast.margin)
-        out.append(Outcome(contrast, found, p, refuted))
-    return out
+        return Finding(claim, "reproduced", evidence, found)
+    return Finding(claim, "inconclusive", evidence, found)
 
 
 def _evidence(found: Sequence[Outcome]) -> str:
     """How many differences are as claimed, and those that are not."""
-    good = [one for one in found if one.found is not None and one.found.mean > 0]
+    good = [one for one in found if one.claimed]
     others = [one.text for one in found if one not in good]
     text = f"{len(good)} of {len(found)} as claimed"
     if any(one.p is not None for one in found):
@@ -276,42 +221,10 @@ def _no_verdict(rows: Sequence[Row], found: Sequence[Outcome]) -> str:
 # ---------------------------------------------------------------- contrasts
 
 
-def _less(first: Cell, second: Cell, name: str, label: str) -> list[Contrast]:
-    """first has less of a field than second, paired by victim; nothing where one has not been run."""
-    if not first.runs or not second.runs:
-        return []
-    a, b = shared(name, first.ok, second.ok)
-    why = paper.untestable(first, second) or ("" if a else f"no seed with a value of {_NAMES[name]} in both")
-    if not why and name == "asr" and first.floor and second.floor:
-        why = "tied at the floor"
-    return [Contrast(label, None if why else tuple(fmean(b[v]) - fmean(a[v]) for v in a), why)]
-
-
-def _more(first: Cell, second: Cell, name: str, label: str) -> list[Contrast]:
-    return _less(second, first, name, label)
-
-
-def _by_victim(
-    cell: Cell, label: str, value: Callable[[Row], float | None], margin: float | None = None, erased: bool = False
-) -> list[Contrast]:
-    """A value of each run, averaged per victim. erased: whether a run that deleted the target class counts."""
-    if not cell.runs:
-        return []
-    why = paper.untestable(replace(cell, erased=cell.erased and not erased))
-    groups: dict[int, list[float]] = {}
-    for row in cell.ok:
-        found = value(row)
-        if found is not None and math.isfinite(found):
-            groups.setdefault(row.victim_seed, []).append(found)
-    if not why and sum(map(len, groups.values())) < len(cell.ok):
-        why = "values are missing"
-    return [Contrast(label, None if why else tuple(fmean(group) for group in groups.values()), why, margin)]
-
-
 def _c1(board: Board) -> tuple[list[Contrast], int]:
     contrasts = [
         contrast for attack in CIFAR for rival in RIVALS
-        for contrast in _less(board.get(attack, OURS), board.get(attack, rival), "asr", f"{attack}, ASR below {rival}")
+        for contrast in less(board.get(attack, OURS), board.get(attack, rival), "asr", f"{attack}, ASR below {rival}")
     ]  # fmt: skip
     return contrasts, len(CIFAR) * len(RIVALS)
 
@@ -320,14 +233,11 @@ def _c2(board: Board) -> tuple[list[Contrast], int]:
     attacks = (*POISONED_LABEL, "cl")
     contrasts = [
         contrast for attack in attacks for rival in RIVALS for name in ("ba_nt", "ba")
-        for contrast in _more(
-            board.get(attack, OURS), board.get(attack, rival), name, f"{attack}, {_NAMES[name]} above {rival}"
+        for contrast in more(
+            board.get(attack, OURS), board.get(attack, rival), name, f"{attack}, {NAMES[name]} above {rival}"
         )
     ]  # fmt: skip
     return contrasts, 2 * len(attacks) * len(RIVALS)
-
-
-_NAMES = {"ba": "BA", "ba_nt": "BA nt", "asr": "ASR"}
 
 
 def _c3(board: Board, dataset: str) -> list[Contrast]:
@@ -338,24 +248,25 @@ def _c3(board: Board, dataset: str) -> list[Contrast]:
         ours = board.get(attack, OURS, train=train)
         rivals = {rival: board.get(attack, rival, train=train) for rival in RIVALS}
         for rival, cell in rivals.items():
-            out += _more(ours, cell, "ba_nt", f"{dataset} {attack}, BA nt above {rival}")
+            out += more(ours, cell, "ba_nt", f"{dataset} {attack}, BA nt above {rival}")
         means = {rival: mean for rival, cell in rivals.items() if (mean := cell.mean("asr")) is not None}
         ranked = sorted(means, key=lambda rival: means[rival])
         if len(ranked) > 1:
-            out += _less(ours, rivals[ranked[1]], "asr", f"{dataset} {attack}, ASR below the second rival, {ranked[1]}")
+            out += less(ours, rivals[ranked[1]], "asr", f"{dataset} {attack}, ASR below the second rival, {ranked[1]}")
     return out
 
 
 def _c4(board: Board) -> tuple[list[Contrast], int]:
-    order = (OURS, "mcldef(inverter=mesa)", "mcldef(inverter=true)")
-    attacks = ("badnets", "trojan", "cl")  # where MESA, which is told the patch, has a meaning
-    contrasts = []
-    for attack in attacks:
-        for worse, better in itertools.pairwise(order):
+    """Step by step from NC's inversion to the true trigger; over MESA where that, told the patch, has a meaning."""
+    contrasts, expected = [], 0
+    for attack in CIFAR:
+        steps = list(itertools.pairwise(ORDER if attack in PATCHED else (ORDER[0], ORDER[-1])))
+        expected += 2 * len(steps)
+        for worse, better in steps:
             first, second = board.get(attack, better), board.get(attack, worse)
-            contrasts += _less(first, second, "asr", f"{attack}, ASR of {better} below {worse}")
-            contrasts += _more(first, second, "ba_nt", f"{attack}, BA nt of {better} above {worse}")
-    return contrasts, 4 * len(attacks)
+            contrasts += less(first, second, "asr", f"{attack}, ASR of {better} below {worse}")
+            contrasts += more(first, second, "ba_nt", f"{attack}, BA nt of {better} above {worse}")
+    return contrasts, expected
 
 
 def _c5(board: Board) -> tuple[list[Contrast], int]:
@@ -368,7 +279,7 @@ def _c5(board: Board) -> tuple[list[Contrast], int]:
                 continue
             label = f"{attack}, ASR of {rival} rises without augmentation, by more"
             a, b, c, d = shared("asr", *(cell.ok for cell in four))
-            why = paper.untestable(*four) or ("" if a else "no seed in all four")
+            why = paper.untestable(*four) or ("" if a else "no seed in all four") or (TIED if tied(*four[:2]) else "")
             values = tuple((fmean(a[v]) - fmean(b[v])) - (fmean(c[v]) - fmean(d[v])) for v in a)
             contrasts.append(Contrast(label, None if why else values, why))
     return contrasts, 2 * len(CIFAR)
@@ -382,12 +293,12 @@ def _c6(board: Board) -> tuple[list[Contrast], int]:
     for attack in POISONED_LABEL:
         for rival in RIVALS:
             ours, other = get(attack, OURS), get(attack, rival)
-            contrasts += _less(ours, other, "asr", f"{attack}, ASR below {rival}")
-            contrasts += _more(ours, other, "ba_nt", f"{attack}, BA nt above {rival}")
+            contrasts += less(ours, other, "asr", f"{attack}, ASR below {rival}")
+            contrasts += more(ours, other, "ba_nt", f"{attack}, BA nt above {rival}")
     for rival in ("ft", "nad", "ibau"):
         ours, other = get("sig", OURS), get("sig", rival)
-        contrasts += _more(ours, other, "asr", f"sig, ASR above {rival}")
-        contrasts += _less(ours, other, "ba_nt", f"sig, BA nt below {rival}")
+        contrasts += more(ours, other, "asr", f"sig, ASR above {rival}")
+        contrasts += less(ours, other, "ba_nt", f"sig, BA nt below {rival}")
     return contrasts, 2 * (len(POISONED_LABEL) * len(RIVALS) + 3)
 
 
@@ -408,11 +319,11 @@ def _c7(board: Board) -> tuple[list[Contrast], int]:
     for attack in CIFAR:
         for defense in ("nc", OURS):
             rows = board.get(attack, defense, rate=0.01)
-            contrasts += _by_victim(rows, f"{attack}, {defense} cuts ASR by more than half, % over", cut)
-            contrasts += _by_victim(rows, f"{attack}, {defense} costs BA", cost)
+            contrasts += by_victim(rows, f"{attack}, {defense} cuts ASR by more than half, % over", cut)
+            contrasts += by_victim(rows, f"{attack}, {defense} costs BA", cost)
         for defense in ("ft", "nad", "ibau"):
             rows = board.get(attack, defense, rate=0.01)
-            contrasts += _by_victim(rows, f"{attack}, {defense} cuts ASR by less than half, % under", missed)
+            contrasts += by_victim(rows, f"{attack}, {defense} cuts ASR by less than half, % under", missed)
     return contrasts, 7 * len(CIFAR)
 
 
@@ -423,38 +334,39 @@ def _c8(board: Board) -> tuple[list[Contrast], int]:
     contrasts = []
     for attack in CIFAR:
         much = board.get(attack, OURS, rate=0.2)
-        contrasts += _less(much, board.get(attack, OURS), "ba", f"{attack}, BA of mcldef at 20 % below 5 %")
-        more = board.get(attack, "mcldef+", rate=0.2)
-        contrasts += _more(more, much, "ba", f"{attack}, BA of mcldef+ above mcldef")
+        contrasts += less(much, board.get(attack, OURS), "ba", f"{attack}, BA of mcldef at 20 % below 5 %")
+        third = board.get(attack, "mcldef+", rate=0.2)
+        contrasts += more(third, much, "ba", f"{attack}, BA of mcldef+ above mcldef")
         # the same steps on the loss of mcldef: what the third stage's loss adds, not its length (spec 7)
-        contrasts += _more(more, board.get(attack, CONTROL, rate=0.2), "ba", f"{attack}, BA of mcldef+ above {CONTROL}")
+        contrasts += more(third, board.get(attack, CONTROL, rate=0.2), "ba", f"{attack}, BA of mcldef+ above {CONTROL}")
         for defense in ("ft", "nad", "nc"):
             rows = board.get(attack, defense, rate=0.2)
-            contrasts += _by_victim(rows, f"{attack}, BA of {defense} above the undefended", gain)
+            contrasts += by_victim(rows, f"{attack}, BA of {defense} above the undefended", gain)
     return contrasts, 6 * len(CIFAR)
 
 
 def _temperature(row: Row) -> float | None:
-    """Of `mcldef(temperature=...)` and nothing else."""
-    if not row.defense.startswith(f"{OURS}(temperature="):
+    """Of `mcldef(temperature=...)` and nothing else, None for what is no temperature."""
+    chosen = params.of_label(row.defense)
+    found = chosen.params.get("temperature")
+    if chosen.name != OURS or len(chosen.params) != 1 or isinstance(found, bool):
         return None
-    selected = params.selection(row.defense)
-    return float(selected.params["temperature"]) if set(selected.params) == {"temperature"} else None
+    return found if isinstance(found, int | float) and found > 0 else None
 
 
 def _c9(board: Board) -> tuple[list[Contrast], int]:
     """Between the ends of the swept range."""
     found: dict[tuple[str, float], list[Row]] = {}
     for row in board.look(lambda row: row.clean_rate == paper.CLEAN_RATE and _temperature(row) is not None):
-        found.setdefault((row.attack, float(_temperature(row) or 0)), []).append(row)
+        found.setdefault((row.attack, _temperature(row) or 0), []).append(row)
     contrasts = []
     for attack in CIFAR:
         taus = sorted(tau for a, tau in found if a == attack)
         if len(taus) > 1:
             low, high = cell_of(found[attack, taus[0]]), cell_of(found[attack, taus[-1]])
             for name in ("asr", "ba"):
-                label = f"{attack}, {_NAMES[name]} at {taus[0]:g} below {taus[-1]:g}"
-                contrasts += _less(low, high, name, label)
+                label = f"{attack}, {NAMES[name]} at {taus[0]:g} below {taus[-1]:g}"
+                contrasts += less(low, high, name, label)
     return contrasts, 2 * len(CIFAR)
 
 
@@ -466,7 +378,7 @@ def _c10(board: Board) -> tuple[list[Contrast], int]:
 
     contrasts = [
         contrast for attack in CIFAR
-        for contrast in _by_victim(
+        for contrast in by_victim(
             board.get(attack, OURS), f"{attack}, change of TCA", change, statistics.BA_MARGIN, erased=True)
     ]  # fmt: skip
     return contrasts, len(CIFAR)
@@ -477,15 +389,4 @@ _CLAIMS: Mapping[str, Callable[[Board], tuple[list[Contrast], int]]] = {
 }  # fmt: skip
 
 
-def sheet(stored: Sequence[Row], own: Sequence[Row], only: Sequence[str] = ()) -> Sheet:
-    """The claims, or those named in `only`, as a table. own: the rows of a run (not empty), stored: of its folder."""
-    one = own[0]
-    judged = judge(fitting(stored, own), params.selection(one.dataset).name)
-    found = [finding for finding in judged if not only or finding.claim in only]
-    body = tuple((f.claim, TEXTS[f.claim], f.verdict) for f in found)
-    below = tuple(f"{f.claim}: {f.evidence}." for f in found if f.verdict != "not run")
-    title = f"Claims: {one.dataset}, preset {one.preset}, budget {one.budget}, {one.precision}"
-    return Sheet(title, ("", "claim", "verdict"), body, 3, below)
-
-
-__all__ = ["TEXTS", "Board", "Finding", "fitting", "judge", "sheet"]
+__all__ = ["CIFAR", "OURS", "TEXTS", "Board", "Finding", "board_of", "fitting", "judge"]

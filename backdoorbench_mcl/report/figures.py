@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -242,14 +241,18 @@ def _curve(axis: Axes, points: Sequence[Point], metric: str, i: int) -> None:
 # ---------------------------------------------------------------- scatters
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of points (ASR, BA) that no other beats in both, by ASR. Example: `front([(1, 8), (2, 7)])` is [0]."""
-    out = []
-    for i, (asr, ba) in enumerate(points):
-        beaten = any((a <= asr and b >= ba and (a, b) != (asr, ba)) for a, b in points)
-        if not beaten:
-            out.append(i)
-    return sorted(out, key=lambda i: points[i])
+def front(points: Sequence[tuple[float, float, bool]]) -> list[int]:
+    """Indices of points (ASR, BA, whether ASR is at its floor) that no other beats in both, by ASR.
+
+    Example: `front([(1, 8, False), (2, 7, False)])` is [0].
+    """
+
+    def beaten(asr: float, ba: float, floor: bool) -> bool:
+        return any(
+            b >= ba and not grid.beats(asr, a, low) and (b > ba or grid.beats(a, asr, floor)) for a, b, low in points
+        )
+
+    return sorted((i for i, point in enumerate(points) if not beaten(*point)), key=lambda i: points[i])
 
 
 @dataclass(frozen=True)
@@ -272,19 +275,19 @@ def dots(line: Line, columns: Sequence[Column], cost: bool = False) -> list[Dot]
             continue
         x = cell.mean("seconds_shared") if cost else cell.asr.mean
         if x is not None:
-            why = "weak attack" if line.flagged else "runs missing" if cell.incomparable else ""
+            short = cell.incomparable if cell.guest else "runs missing" if cell.incomparable else ""
+            why = "weak attack" if line.flagged else short
             why = "target class erased" if cell.erased else why
             out.append(Dot(column.label, x, cell.asr.mean, cell.ba.mean, cell.floor, why))
     return out
 
 
 def best(given: Sequence[Dot]) -> list[Dot]:
-    """The Pareto front of what may be compared, by ASR. As in the grid, cells at the floor of their ASR tie, along with
-    whatever is not above the lowest of them: of these the one with the best BA is left.
+    """The Pareto front of what may be compared, by ASR. As in the grid, no ASR beats one at its floor: of cells that
+    tie so the one with the best BA is left.
     """
     fit = [dot for dot in given if not dot.hollow]
-    line = min((dot.asr for dot in fit if dot.floor), default=-math.inf)
-    return [fit[i] for i in front([(line if dot.floor else max(dot.asr, line), dot.ba) for dot in fit])]
+    return [fit[i] for i in front([(dot.asr, dot.ba, dot.floor) for dot in fit])]
 
 
 def scatter(rows: Sequence[Row], title: str, cost: bool = False) -> Figure | None:

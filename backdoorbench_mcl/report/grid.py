@@ -2,7 +2,8 @@
 
 Ranking is per attack and leaves out whatever cannot be compared: the undefended victim, flagged attacks, cells in
 which a run failed, cells that deleted the target class. Cells whose ASR is not above FTR are all best (spec 12.2),
-unless the repair itself raised FTR: then its ASR is ranked like any other.
+unless the repair itself raised FTR: then its ASR is ranked like any other. The rule, for ranks, front, tests and
+claims, is `beats`.
 """
 
 from __future__ import annotations
@@ -307,6 +308,21 @@ def _stat(rows: Iterable[Row], name: str) -> Stat | None:
     return Stat(fmean(means), stdev(spread) if len(spread) > 1 else None)
 
 
+def beats(asr: float, other: float, other_at_floor: bool) -> bool:
+    """Whether a cell's ASR is better than another's. None is better than one at its floor, however small: no backdoor
+    is left there to be beaten on (spec 1.3). Example: `beats(1.13, 3.4, True)` is False.
+    """
+    return asr < other and not other_at_floor
+
+
+def tied(first: Cell, second: Cell) -> bool:
+    """Whether the floor forbids to tell two cells apart by ASR: one is at it, and neither beats the other."""
+    if first.asr is None or second.asr is None or not (first.floor or second.floor):
+        return False
+    a, b = first.asr.mean, second.asr.mean
+    return not (beats(a, b, second.floor) or beats(b, a, first.floor))
+
+
 def _rank(cells: Sequence[Cell | None], columns: Sequence[Column], flagged: bool) -> tuple[Cell | None, ...]:
     open_to = [
         cell is not None and not cell.incomparable and not column.before and not flagged
@@ -322,20 +338,18 @@ def _rank(cells: Sequence[Cell | None], columns: Sequence[Column], flagged: bool
     )
 
 
-def ranks(values: Sequence[float | None], tied: Sequence[bool]) -> list[Rank]:
+def ranks(values: Sequence[float | None], floor: Sequence[bool]) -> list[Rank]:
     """Best and second best, smallest first, of the values as printed (two decimals); None takes no part.
 
-    Tied values are best together, along with whatever is not above the smallest of them. Fewer than two values
-    are not ranked. Example: `ranks([3.0, 1.0, 2.0], [False] * 3)` -> `["", "best", "second"]`.
+    Best is what no other beats, so all that is at its floor. Fewer than two values are not ranked.
+    Example: `ranks([3.0, 1.0, 2.0], [False] * 3)` -> `["", "best", "second"]`.
     """
     printed = [None if value is None else round(value, 2) for value in values]
     present = [value for value in printed if value is not None]
     if len(present) < 2:
         return [""] * len(printed)
-    pairs = list(zip(printed, tied, strict=True))
-    floor = [value for value, level in pairs if level and value is not None]
-    line = min(floor or present)
-    best = [value is not None and (level or value <= line) for value, level in pairs]
+    least = min(present)
+    best = [value is not None and not beats(least, value, low) for value, low in zip(printed, floor, strict=True)]
     rest = [value for value, top in zip(printed, best, strict=True) if value is not None and not top]
     second = min(rest, default=None)
     return [

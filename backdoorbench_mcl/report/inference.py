@@ -1,7 +1,8 @@
 """What may be concluded from a block: spread per cell, paired differences with Holm's correction, McNemar on one pair.
 
-Victims are the unit (spec 12.2). Cells at their floor are not tested on ASR against each other, cells with failed runs
-or a deleted target class on nothing; below five victims there is no test but the differences themselves.
+Victims are the unit (spec 12.2). On ASR nothing is tested against a cell that has more of it and is at its floor, cells
+with failed runs, a deleted target class or code of their own on nothing; below five victims there is no test but the
+differences themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..rows import Row
 from . import notes, statistics
-from .grid import Block, Cell, Column, Line
+from .grid import Block, Cell, Column, Line, tied
 from .paper import nested
 from .sheets import Sheet
 from .statistics import Difference
@@ -26,6 +27,7 @@ TESTED = (("asr", "ASR"), ("ba", "BA"))
 PREFERRED = "mcldef"  # the defense that others are compared with, where nobody names one
 FLAGGED = f"{notes.FLAGGED} flagged"
 TIED = f"{notes.FLOOR} tied"
+GUEST = "own code"
 Predictions = Callable[[Row], "Judged | None"]
 
 
@@ -126,10 +128,12 @@ class _Pair(NamedTuple):
             return notes.ERASED
         if self.line.flagged:
             return FLAGGED
+        if any(cell.guest for cell in cells):
+            return GUEST
         short = [cell for cell in cells if cell.incomparable]
         if short:
             return f"{len(short[0].ok)}/{len(short[0].runs) - short[0].held_back}"
-        return TIED if name == "asr" and all(cell.floor for cell in cells) else ""
+        return TIED if name == "asr" and tied(self.first, self.second) else ""
 
 
 def _tests(block: Block, reference: Column, predictions: Predictions | None) -> Sheet:
@@ -184,7 +188,8 @@ def _untested(pairs: Sequence[_Pair]) -> list[str]:
     told = (
         (notes.ERASED, f"{notes.ERASED} target class erased: not tested."),
         (FLAGGED, f"{FLAGGED}: the ASR of a victim is not high enough (gate), nothing on the line is tested."),
-        (TIED, f"{TIED}: both at their floor, FTR."),
+        (GUEST, f"{GUEST}: custom inference by code of its own, which runs where the test images are: not tested."),
+        (TIED, f"{TIED}: the one with more ASR is at its floor, FTR, with no backdoor left to be beaten on."),
     )
     out = [text for mark, text in told if mark in obstacles]
     if any("/" in obstacle for obstacle in obstacles):
@@ -242,8 +247,8 @@ def _single_pairs(pairs: Sequence[_Pair], title: str, predictions: Predictions) 
         for a, b in (right,) if numbers else (fired, right):
             only = int((a & ~b).sum()), int((~a & b).sum())
             p = statistics.mcnemar(*only)
-            numbers += [f"{100 * (only[0] - only[1]) / max(len(a), 1):+.2f}", f"{only[0]}:{only[1]}",
-                        "cannot fire" if p is None else p_text(p)]  # fmt: skip
+            numbers += [f"{100 * (only[0] - only[1]) / len(a):+.2f}", f"{only[0]}:{only[1]}",
+                        "cannot fire" if p is None else p_text(p)] if len(a) else [notes.NONE, "", ""]  # fmt: skip
         body.append((*names, *numbers))
     head = ("attack", "other", "ASR diff.", "only one", "McNemar p", "BA diff.", "only one", "McNemar p")
     below = [

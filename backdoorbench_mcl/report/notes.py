@@ -57,8 +57,8 @@ def legend(block: Block, ranking: str) -> list[str]:
     if any(cell.asr_rank or cell.ba_rank for cell in cells):
         out.append(f"{ranking} per attack, among the ranked cells. ASR: lower is better; BA (all classes): higher.")
     if any(asr_marks(cell) == FLOOR for cell in cells):
-        tie = "nothing left to rank, such cells tie"
-        out.append(f"{FLOOR} ASR not above FTR, its floor (not raised by over {FTR_MARGIN:g} point): {tie}.")
+        means = "no backdoor left, so no ASR beats it"
+        out.append(f"{FLOOR} ASR not above FTR, its floor (not raised by over {FTR_MARGIN:g} point): {means}.")
     floors = [value for cell in defended if (value := cell.mean("ftr")) is not None]
     if floors:
         out.append(f"FTR, the floor of ASR, after defense: {_range(floors, 2)} %.")

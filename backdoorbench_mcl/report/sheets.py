@@ -13,13 +13,17 @@ from .formats import as_pipes, md, tabular, tex, tex_float
 
 @dataclass(frozen=True)
 class Sheet:
-    """A title, a table whose first `left` columns are text and whose others are numbers, and lines below it."""
+    """A title, a table whose first `left` columns are text and whose others are numbers, and lines below it.
+
+    folded: whether a page shows the title alone until somebody opens it.
+    """
 
     title: str
     head: tuple[str, ...] = ()
     body: tuple[tuple[str, ...], ...] = ()
     left: int = 2
     below: tuple[str, ...] = ()
+    folded: bool = False
 
 
 def as_text(sheets: Sequence[Sheet], width: int) -> str:

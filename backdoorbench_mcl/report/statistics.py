@@ -183,6 +183,40 @@ def mcnemar(first_only: int, second_only: int) -> float | None:
     return float(stats.binomtest(first_only, n, 0.5).pvalue)
 
 
+@dataclass(frozen=True)
+class Correlation:
+    """Of ranks within victims. p: two-sided, by permutation within victims; None where it could not be significant."""
+
+    rho: float
+    p: float | None
+
+
+def rank_correlation(groups: Sequence[Sequence[tuple[float, float]]], draws: int = DRAWS) -> Correlation | None:
+    """Spearman's correlation of pairs, ranked within each victim and pooled; None where nothing varies.
+
+    groups: one a victim. Victims differ for reasons of their own, so the second of the pairs are shuffled on each
+    victim alone. No p below `MIN_VICTIMS`, or where the most extreme order is no rarer than 5 %.
+    """
+    from scipy import stats
+
+    rng = np.random.Generator(np.random.PCG64(12))
+    several = [group for group in groups if len(group) > 1]
+    found, high, low, shuffled, xx, yy = 0.0, 0.0, 0.0, np.zeros(draws), 0.0, 0.0
+    for group in several:
+        x, y = (stats.rankdata(side) - (len(group) + 1) / 2 for side in np.asarray(group, float).T)
+        found, xx, yy = found + float(x @ y), xx + float(x @ x), yy + float(y @ y)
+        high, low = high + float(np.sort(x) @ np.sort(y)), low + float(np.sort(x) @ np.sort(y)[::-1])
+        shuffled += rng.permuted(np.tile(y, (draws, 1)), axis=1) @ x
+    if xx == 0 or yy == 0:
+        return None
+
+    def rarity(value: float) -> float:
+        return float(1 + (np.abs(shuffled) >= value - 1e-9).sum()) / (1 + draws)
+
+    fires = len(several) >= MIN_VICTIMS and rarity(max(high, -low)) < LEVEL
+    return Correlation(found / math.sqrt(xx * yy), rarity(abs(found)) if fires else None)
+
+
 def wilson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's interval of k out of n in percent. Example: `wilson(7397, 9000)` is about (81.39, 82.97), spec 12.1."""
     from scipy import stats
@@ -252,7 +286,7 @@ def _percent(logit: float) -> float:
 
 
 __all__ = [
-    "ASR_WIDTH", "BA_MARGIN", "BA_WIDTH", "DRAWS", "LEVEL", "MIN_VICTIMS", "Difference", "Nested",
+    "ASR_WIDTH", "BA_MARGIN", "BA_WIDTH", "DRAWS", "LEVEL", "MIN_VICTIMS", "Correlation", "Difference", "Nested",
     "Prediction", "Summary", "bootstrap", "equivalent", "finite", "holm", "mcnemar", "of_differences", "paired",
-    "predicted", "summary", "wilson",
+    "predicted", "rank_correlation", "summary", "wilson",
 ]  # fmt: skip
