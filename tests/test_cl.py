@@ -125,7 +125,8 @@ def test_poison_is_hard_images_of_the_class_with_the_patch_and_their_labels() ->
     assert float(far.float().mean()) > 8
     moved = distances(train.x[index], state.tensors["x"]).float()
     assert state.meta["linf_mean"] == pytest.approx(float(moved.mean()))
-    assert state.meta["linf_max"] == 16
+    assert (state.meta["linf_min"], state.meta["linf_max"]) == (moved.min(), 16)
+    assert state.meta["linf_weak_share"] == float((moved <= 8).float().mean()) == 0.0
     assert bool((loss(Tiny(), state.tensors["x"], 2) > loss(Tiny(), train.x[index], 2)).all())
 
 
@@ -195,6 +196,21 @@ def test_images_that_hardly_moved_are_refused() -> None:
     with pytest.raises(UserError, match=r"differ by 3\.0 grey levels on average .* more than 8 with eps=16\.0"):
         CL(**{**QUICK, "steps": 2}).prepare(context(train))
     assert CL(**{**QUICK, "steps": 2, "eps": 8.0}).prepare(context(train)).meta["linf_max"] == 3
+
+
+def test_images_that_hardly_moved_are_counted_where_the_others_hide_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three images one stays and one moves by 8 levels, which the mean of 13.3 does not tell."""
+
+    def some(model: Classifier, x: Tensor, *rest: Any) -> Tensor:
+        by = torch.tensor([0, 8, 32], dtype=torch.int16).repeat(len(x))[: len(x)].view(-1, 1, 1, 1)
+        return torch.where(x < 128, x + by, x - by).to(torch.uint8)
+
+    monkeypatch.setattr(cl, "perturb", some)
+    meta = CL(**{**QUICK, "rate": 0.12}).prepare(context(images(100, size=8))).meta
+    assert meta["poisoned"] == 12
+    assert (meta["linf_min"], meta["linf_max"]) == (0, 32)
+    assert meta["linf_mean"] == pytest.approx(40 / 3)
+    assert meta["linf_weak_share"] == pytest.approx(2 / 3)
 
 
 def test_a_killed_run_goes_on_and_another_run_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
