@@ -238,6 +238,25 @@ def test_a_killed_run_goes_on_and_another_run_does_not(monkeypatch: pytest.Monke
     assert calls == [4, 4, 2]
 
 
+@pytest.mark.parametrize(("size", "calls"), [(32, [25]), (64, [25]), (96, [16, 9]), (224, [16, 9])])
+def test_large_images_are_perturbed_a_few_at_a_time(
+    size: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image has a search of its own, so that it comes out as it did in a batch of all."""
+    found: list[int] = []
+
+    def counted(model: Classifier, x: Tensor, *rest: Any) -> Tensor:
+        found.append(len(x))
+        return perturb(model, x, *rest)
+
+    train = images(100, size=size)
+    monkeypatch.setattr(cl, "perturb", counted)
+    state = CL(target=2, rate=0.3, step=16.0, steps=1).prepare(context(train))
+    assert found == calls
+    whole = perturb(Tiny(), train.x[state.tensors["index"]], 2, 16.0, 16.0, 1)
+    assert torch.equal(state.tensors["x"], whole)
+
+
 def test_the_snapshot_of_the_training_that_follows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     later = Memory(({"w": torch.zeros(1)}, {"start": "abc", "step": 3}))
     CL(**QUICK).prepare(context(images(100, size=8), snapshot=later))

@@ -35,14 +35,14 @@ from backdoorbench_mcl.api import (
     State,
     UserError,
 )
-from backdoorbench_mcl.kit import pgd
+from backdoorbench_mcl.kit import at_once, pgd
 
 from .badnets import corner_patch, stamp_patch
 from .clean_label import choose_of_class, clean_label_count
 from .dirty_label import check_fits, check_target, stamp_chosen
 from .surrogate import quantised, surrogate_of
 
-BATCH = 128
+BATCH, LEAST = 128, 16  # images perturbed at once: of 32x32, and of large ones
 WEAK = 8  # grey levels: above this bound the images must have moved by more, on average; who did not is counted
 
 
@@ -139,7 +139,7 @@ class CL(Attack):
     def _perturbed(self, out: Tensor, ctx: AttackContext) -> Tensor:
         """perturb() in batches, uint8 (P, C, H, W) on the CPU, in place; goes on where a killed run stopped."""
         model = surrogate_of(self.name, ctx)
-        start = fingerprint(repr(self), out, model)
+        start, size = fingerprint(repr(self), out, model), at_once(out, BATCH, LEAST)
         found = ctx.snapshot.load()
         done = 0
         mine = found is not None and found[1].get("cl") == start
@@ -147,7 +147,7 @@ class CL(Attack):
             done = int(found[1]["done"])
             out[:done] = found[0]["x"]
         while done < len(out):
-            batch = out[done : done + BATCH]
+            batch = out[done : done + size]
             moved = perturb(model, batch.to(ctx.device), self.target, self.eps, self.step, self.steps)
             out[done : done + len(batch)] = moved.cpu()
             done += len(batch)
