@@ -374,7 +374,11 @@ class Attack(Method):
         return {}
 
     def prepare(self, ctx: AttackContext) -> State:
-        """Everything random or optimised about the trigger; nothing by default."""
+        """Everything random or optimised about the trigger; nothing by default.
+
+        An attack that perturbs images with a surrogate says how many hardly moved as `linf_weak_share` of the state's
+        meta: the share of them, 0 to 1, that moved by no more than 8 grey levels. Tables tell it above 1 %.
+        """
         return State()
 
     def poison(self, train: Images, state: State, rng: torch.Generator) -> Poisoned:

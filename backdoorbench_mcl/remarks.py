@@ -15,6 +15,7 @@ from .rows import Row
 
 QUALITY = ("success", "l1", "pixels_changed", "steps", "stopped_early")  # of an inversion; old ones lack the last two
 MARKS = ("strays", "changed")  # fields of a row that say what a method did beside its work
+NEAR = 1.0  # %: where more of an attack's images moved by no more than 8 levels, a row says so (`Attack.prepare`)
 _RETUNED = ("images", "asr", "ftr", "ba")
 EXTRAS: Mapping[str, tuple[str, ...]] = {  # stages beside the score, and the fields of a row that come from them
     **{name: tuple(f"{name}_{field}" for field in _RETUNED) for name in ("retuned", "retuned_clean")}, "embed": (),
@@ -32,10 +33,11 @@ def verdict(meta: Mapping[str, Any]) -> str:
     return f"flagged {named}" if named else "clean"
 
 
-def surrogates(metas: Sequence[Mapping[str, Any]]) -> str:
+def surrogates(metas: Sequence[Mapping[str, Any]], attack: object) -> str:
     """The clean models of an attack, {} for one that is gone or damaged, whose pupils may still be there.
 
-    A robust one that does not hold under PGD-10 is called natural (spec 4.4).
+    A robust one that does not hold under PGD-10 is called natural (spec 4.4). attack: the meta of its state, as a job
+    of its plugin left it; where `linf_weak_share` is above 1 %, these images moved too little to be hard.
     """
     told = []
     for meta in metas:
@@ -48,6 +50,9 @@ def surrogates(metas: Sequence[Mapping[str, Any]]) -> str:
             told.append(f"robust: {pgd:.1f} % under PGD-10")
         else:
             told.append(f"natural: {pgd:.1f} % under PGD-10, {evaluate.ROBUST:g} would be robust")
+    share = attack.get("linf_weak_share") if isinstance(attack, Mapping) else None
+    if told and isinstance(share, float | int) and NEAR < 100 * share <= 100:
+        told[-1] += f", {100 * share:.1f} % of the images moved by at most 8 levels"
     return "; ".join(told)
 
 

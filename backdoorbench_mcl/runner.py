@@ -27,9 +27,10 @@ from .store import Store
 from .text import one_line
 
 LARGE = 64  # pixels: from here on the constants for 32x32 fit images badly (spec 4.1, 5.1)
+LIKE = "imagenet20"  # whose tables in the presets tell which constants these are
 _FOREIGN = (
-    "note: images of {height}x{width}, for which preset {preset} has no table: sizes of patches and nc-box.lam are "
-    "made for 32x32 unless you set them (at 224x224: badnets.size=32, nc-box.lam=0.001)"
+    "note: images of {height}x{width}, for which preset {preset} has no table: what you do not set is meant for 32x32. "
+    "At 224x224 ({like}) this preset has {settings}"
 )
 MAX_WORKERS = 8  # the default on large machines: memory, not cores, is what several trainings run out of
 
@@ -177,7 +178,7 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
     foreign = min(height, width) >= LARGE and "lam" not in table.get("nc-box", {})
     return [
         f"data set {asked.dataset.label} ({asked.data.note}), model {asked.model.label}",
-        *([_FOREIGN.format(height=height, width=width, preset=asked.preset)] if foreign else []),
+        *([_foreign(asked)] if foreign else []),
         f"attacks {_names(asked.attacks)}; defenses {_names(asked.defenses)}",
         *(
             [f"note: `all` leaves out {', '.join(asked.left_out)}, told the trigger or its place"]
@@ -187,6 +188,20 @@ def summary(asked: request.Request, using: Resources) -> list[str]:
         f"preset {asked.preset}, budget {asked.budget}, precision {asked.precision}, device {asked.device}, "
         f"{_room(using)}, isolation {using.isolation}",
     ]
+
+
+def _foreign(asked: request.Request) -> str:
+    """What the preset sets otherwise for images of 224x224, of the methods in this run."""
+    large, usual = (presets.settings(asked.preset, asked.budget, name) for name in (LIKE, ""))  # type: ignore[arg-type]
+    methods = (asked.train, asked.defend, asked.model, *asked.attacks, *asked.defenses, *asked.needed.values())
+    names = {m.label if m.kind == "recipe" else m.full_name.rpartition("/")[2] for m in methods}
+    found = ", ".join(
+        f"{method}.{name}={params.typed(value)}"
+        for method in sorted(names & set(large)) for name, value in sorted(large[method].items())
+        if value != usual.get(method, {}).get(name)
+    )  # fmt: skip
+    height, width = asked.data.shape[1:]
+    return _FOREIGN.format(height=height, width=width, preset=asked.preset, like=LIKE, settings=found)
 
 
 def _room(using: Resources) -> str:

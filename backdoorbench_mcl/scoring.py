@@ -70,9 +70,10 @@ class Scoring(Standing):
         """The cell with what is known of its victim."""
         gate = self._gate(cell, before)
         metas = [{} if self._stage(key) is None else self._meta(key) for key in cell.surrogates]
+        attack = self._meta(cell.victim).get("attack") if metas and self._stage(cell.victim) is not None else None
         row = dataclasses.replace(
             cell.row, gate=gate, asr_before=before["asr"], ba_before=before["ba"], tca_before=before["tca"],
-            ftr_before=before["ftr"], surrogate=remarks.surrogates(metas),
+            ftr_before=before["ftr"], surrogate=remarks.surrogates(metas, attack),
         )  # fmt: skip
         return dataclasses.replace(cell, row=row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Bench, generator, images
+from tiny import Bench, Tiny, generator, images
 from torch import Tensor
 
 from backdoorbench_mcl.api import Attack, Images, State, UserError
@@ -17,12 +18,14 @@ from bbmcl_attacks.badnets import BadNets, corner_patch
 from bbmcl_attacks.blend import Blend, blend_patch, draw_colours, picture
 from bbmcl_attacks.dirty_label import CHUNK
 from bbmcl_attacks.none import NoAttack
+from bbmcl_attacks.trojan import Trojan
 
 TOP = {"top": 0, "left": 0}
 
 
 def prepared(attack: Attack, train: Images, classes: int = 10, seed: int = 1) -> State:
-    return attack.prepare(Bench(classes=classes, seed=seed).attack(train))
+    ctx = Bench(classes=classes, seed=seed).attack(train)
+    return attack.prepare(dataclasses.replace(ctx, needs={name: Tiny(seed=3) for name in attack.needs()}))
 
 
 def stamped(attack: Attack, train: Images) -> Tensor:
@@ -201,10 +204,10 @@ def test_goal_counts_all_but_the_target() -> None:
     assert goal.counted.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("cls", [BadNets, Blend])
-def test_all_to_all_shifts_every_label_by_one_and_counts_all(cls: type[Attack]) -> None:
+@pytest.mark.parametrize(("cls", "own"), [(BadNets, {}), (Blend, {}), (Trojan, {"steps": 20})])
+def test_all_to_all_shifts_every_label_by_one_and_counts_all(cls: type[Attack], own: dict[str, Any]) -> None:
     train = images(100, size=32, classes=4)
-    made: dict[str, Any] = {"targets": "all", "rate": 0.4, "target": 9}  # 9 is no class, and plays no part
+    made: dict[str, Any] = {"targets": "all", "rate": 0.4, "target": 9, **own}  # 9 is no class, and plays no part
     attack = cls(**made)
     assert attack.target is None
     state = prepared(attack, train, classes=4)
@@ -216,6 +219,7 @@ def test_all_to_all_shifts_every_label_by_one_and_counts_all(cls: type[Attack]) 
     assert poison.y.tolist() == [(y + 1) % 4 for y in train.y[poison.index].tolist()]
     assert set(poison.y.tolist()) == {0, 1, 2, 3}
     assert torch.equal(poison.x, attack.stamp(train.x[poison.index], poison.y, state, generator(0)))
+    assert bool((poison.x != train.x[poison.index]).any((1, 2, 3)).all())
     with pytest.raises(UserError, match="needs two classes or more"):
         prepared(attack, train, classes=1)
 

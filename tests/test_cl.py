@@ -125,7 +125,8 @@ def test_poison_is_hard_images_of_the_class_with_the_patch_and_their_labels() ->
     assert float(far.float().mean()) > 8
     moved = distances(train.x[index], state.tensors["x"]).float()
     assert state.meta["linf_mean"] == pytest.approx(float(moved.mean()))
-    assert state.meta["linf_max"] == 16
+    assert (state.meta["linf_min"], state.meta["linf_max"]) == (moved.min(), 16)
+    assert state.meta["linf_weak_share"] == float((moved <= 8).float().mean()) == 0.0
     assert bool((loss(Tiny(), state.tensors["x"], 2) > loss(Tiny(), train.x[index], 2)).all())
 
 
@@ -197,6 +198,21 @@ def test_images_that_hardly_moved_are_refused() -> None:
     assert CL(**{**QUICK, "steps": 2, "eps": 8.0}).prepare(context(train)).meta["linf_max"] == 3
 
 
+def test_images_that_hardly_moved_are_counted_where_the_others_hide_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three images one stays and one moves by 8 levels, which the mean of 13.3 does not tell."""
+
+    def some(model: Classifier, x: Tensor, *rest: Any) -> Tensor:
+        by = torch.tensor([0, 8, 32], dtype=torch.int16).repeat(len(x))[: len(x)].view(-1, 1, 1, 1)
+        return torch.where(x < 128, x + by, x - by).to(torch.uint8)
+
+    monkeypatch.setattr(cl, "perturb", some)
+    meta = CL(**{**QUICK, "rate": 0.12}).prepare(context(images(100, size=8))).meta
+    assert meta["poisoned"] == 12
+    assert (meta["linf_min"], meta["linf_max"]) == (0, 32)
+    assert meta["linf_mean"] == pytest.approx(40 / 3)
+    assert meta["linf_weak_share"] == pytest.approx(2 / 3)
+
+
 def test_a_killed_run_goes_on_and_another_run_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cl, "BATCH", 4)
     train = images(100, size=8)
@@ -220,6 +236,25 @@ def test_a_killed_run_goes_on_and_another_run_does_not(monkeypatch: pytest.Monke
     calls.clear()
     CL(**QUICK).prepare(context(train, Tiny(seed=9), snapshot=Memory(whole.saved[0])))
     assert calls == [4, 4, 2]
+
+
+@pytest.mark.parametrize(("size", "calls"), [(32, [25]), (64, [25]), (96, [16, 9]), (224, [16, 9])])
+def test_large_images_are_perturbed_a_few_at_a_time(
+    size: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image has a search of its own, so that it comes out as it did in a batch of all."""
+    found: list[int] = []
+
+    def counted(model: Classifier, x: Tensor, *rest: Any) -> Tensor:
+        found.append(len(x))
+        return perturb(model, x, *rest)
+
+    train = images(100, size=size)
+    monkeypatch.setattr(cl, "perturb", counted)
+    state = CL(target=2, rate=0.3, step=16.0, steps=1).prepare(context(train))
+    assert found == calls
+    whole = perturb(Tiny(), train.x[state.tensors["index"]], 2, 16.0, 16.0, 1)
+    assert torch.equal(state.tensors["x"], whole)
 
 
 def test_the_snapshot_of_the_training_that_follows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

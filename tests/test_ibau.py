@@ -341,6 +341,16 @@ def test_every_round_is_reported() -> None:
     assert bench.lines[1] == f"round 2 of 2: {line}, clean accuracy {hits:.1f} %"
 
 
+def test_fewer_rounds_end_where_more_rounds_passed_through() -> None:
+    """So that `--sweep ibau.rounds=1,2,3` reports every round of one repair."""
+    whole, bench = run(rounds=3, batch=8)
+    for rounds, (tensors, _) in enumerate(bench.snapshot.saved, 1):
+        part, _ = run(rounds=rounds, batch=8)
+        passed = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        assert same(state(part), passed)
+        assert same(state(part), state(whole)) == (rounds == 3)
+
+
 def test_the_perturbation_fools_and_stays_in_its_ball() -> None:
     clean = images(40)
     x = clean.x.float() / 255

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import make_images
+from tiny import Tiny, images
 from torch import Tensor
 
 from backdoorbench_mcl import kit, victims
@@ -98,3 +99,31 @@ def test_the_place_of_a_patch_is_found_in_parts_too(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("side", "expected"), [(8, 512), (32, 512), (64, 128), (224, 64), (1000, 64)])
 def test_large_images_are_predicted_a_few_at_a_time(side: int, expected: int) -> None:
     assert kit.at_once(torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(5, 3, side, side)) == expected
+
+
+@pytest.mark.parametrize(("side", "expected"), [(8, 128), (32, 128), (33, 120), (64, 32), (96, 16), (224, 16)])
+def test_of_large_images_fewer_are_moved_at_a_time(side: int, expected: int) -> None:
+    """A gradient with respect to the images keeps every map of the network: 30 MB an image of 224x224 in ResNet-18."""
+    x = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(5, 3, side, side)
+    assert kit.at_once(x, 128, 16) == expected
+    assert kit.at_once(x, 4, 16) == 4
+
+
+def test_a_surrogate_is_judged_alike_in_any_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random starts are those of one search over all images, and so is what it finds."""
+    found: list[Tensor] = []
+    search = kit.pgd
+
+    def watched(*given: Any, **how: Any) -> Tensor:
+        found.append(search(*given, **how))
+        return found[-1]
+
+    monkeypatch.setattr(kit, "pgd", watched)
+    for given, passes in ((images(150, size=32), [128, 22]), (images(20, size=96), [16, 4])):
+        found.clear()
+        accuracy = victims._under_pgd(Tiny(), given, generator(1))
+        assert [len(part) for part in found] == passes
+        how = {"eps": 8 / 255, "step": 2 / 255, "steps": 10, "rng": generator(1)}
+        moved = search(Tiny(), given.x.float() / 255, given.y, **how)
+        assert torch.equal(torch.cat(found), moved)
+        assert accuracy == 100 * float((Tiny()(moved).argmax(1) == given.y).float().mean())

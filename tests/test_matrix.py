@@ -48,13 +48,41 @@ def test_large_images_without_a_table_of_their_own_are_pointed_out() -> None:
     asked, using = small.resolve(small.options()), runner.Resources(1, 1, "process")
     large = replace(asked, data=replace(asked.data, shape=(3, 96, 128)))
     told = [line for line in runner.summary(large, using) if line.startswith("note: ")]
-    assert len(told) == 1
-    assert "images of 96x128, for which preset paper has no table" in told[0]
+    assert told == [
+        "note: images of 96x128, for which preset paper has no table: what you do not set is meant for 32x32. "
+        "At 224x224 (imagenet20) this preset has badnets.size=32, blend.alpha=0.2, defend.augment=resized-crop+flip, "
+        "nc-box.lam=0.001, train.augment=resized-crop+flip, train.batch=32, train.epochs=100, "
+        "train.milestones=[0.2, 0.7]"
+    ]
     signs = replace(large, dataset=replace(asked.dataset, label="gtsrb(size=224)"))  # its table has no such sizes
     assert any("note: " in line for line in runner.summary(signs, using))
     named = replace(large, dataset=replace(asked.dataset, label="imagenet20"), preset="authors")
     for other in (asked, named):  # 8x8; a data set that has its table
         assert not any("note: " in line for line in runner.summary(other, using))
+
+
+@pytest.mark.parametrize(
+    ("preset", "budget", "there", "absent"),
+    [
+        ("paper", "full", {"nad.schedule=shared", "robust.batch=32", "train.epochs=100"}, {"resnet18.stem", "trojan."}),
+        ("authors", "full", {"resnet18.feature=grid", "resnet18.stem=cifar", "badnets.margin=11"}, {"blend.alpha"}),
+        ("clean", "mid", {"badnets.size=32", "blend.alpha=0.2", "nc-box.lam=0.001"}, {"train.epochs", "mesa."}),
+    ],
+)
+def test_the_parameters_that_large_images_ask_for_are_named(
+    preset: str, budget: str, there: set[str], absent: set[str]
+) -> None:
+    """Those of the run's own methods for which preset and budget have another value at 224x224."""
+    asked = small.resolve(
+        small.options(
+            "badnets,blend,cl", "nad,mcldef", model="resnet18", preset=preset, budget=budget,
+            overrides=("badnets.target=1", "blend.target=1", "cl.target=1"),
+        )
+    )  # fmt: skip
+    large = replace(asked, data=replace(asked.data, shape=(3, 96, 96)))
+    (told,) = [line for line in runner.summary(large, runner.Resources(1, 1, "process")) if line.startswith("note: ")]
+    assert there <= set(told.partition(" this preset has ")[2].split(", "))
+    assert not [name for name in absent if name in told]
 
 
 def test_every_cell_is_filled(finished: tuple[Path, list[Row]]) -> None:

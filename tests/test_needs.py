@@ -16,7 +16,7 @@ from helpers import MemorySnapshot, make_context
 from safetensors.numpy import load_file, save_file
 from tiny import Tiny, images
 
-from backdoorbench_mcl import artefacts, plan, runner
+from backdoorbench_mcl import artefacts, plan, remarks, runner
 from backdoorbench_mcl.api import Inverter, InverterContext, Need
 from backdoorbench_mcl.describe import _need
 from backdoorbench_mcl.errors import PluginError, UserError
@@ -282,13 +282,50 @@ def test_a_surrogate_is_trained_once_for_all_who_want_it_and_never_is_the_victim
 
 
 @pytest.mark.usefixtures("toy")
-def test_a_robust_surrogate_is_called_so_only_where_it_holds(tmp_path: Path) -> None:
-    row = run(tmp_path, "same", "cl(target=1,steps=4,step=8.0)", ROBUST)[0]
+def test_a_row_tells_how_robust_its_surrogate_is_and_how_many_images_hardly_moved(tmp_path: Path) -> None:
+    row = run(tmp_path, "same", "cl(target=1,steps=4,step=8.0,eps=8)", ROBUST)[0]
     store = Store(tmp_path)
     meta = next(artefacts.read_meta(store.open(stage)) for stage in store.stages() if stage.kind == "surrogate")
     store.close()
-    word = "robust" if meta["pgd"] >= 40 else "natural"
-    assert row.surrogate.startswith(f"{word}: {meta['pgd']:.1f} % under PGD-10")
+    assert row.surrogate == remarks.surrogates([meta], {"linf_weak_share": 1.0})  # no image may move by more than eps
+    assert row.surrogate.endswith(", 100.0 % of the images moved by at most 8 levels")
+
+
+@pytest.mark.parametrize(
+    ("pgd", "told"),
+    [
+        (None, "natural"),
+        (39.9, "natural: 39.9 % under PGD-10, 40 would be robust"),
+        (40.0, "robust: 40.0 % under PGD-10"),
+        (71.26, "robust: 71.3 % under PGD-10"),
+    ],
+)
+def test_a_surrogate_is_robust_from_40_percent_under_pgd_on(pgd: float | None, told: str) -> None:
+    assert remarks.surrogates([{"accuracy": 90.0, "images": 500, "pgd": pgd}], None) == told
+
+
+def test_surrogates_are_told_one_after_the_other_and_what_is_gone_is_unknown() -> None:
+    assert (
+        remarks.surrogates([{"pgd": 40.0}, {}, {"pgd": None}], None) == "robust: 40.0 % under PGD-10; unknown; natural"
+    )
+    assert remarks.surrogates([], {"linf_weak_share": 1.0}) == ""
+    assert remarks.surrogates([{"pgd": None}], ["nonsense of a plugin"]) == "natural"
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.0, ""),
+        (0.01, ""),
+        (0.0101, ", 1.0 % of the images moved by at most 8 levels"),
+        (1, ", 100.0 % of the images moved by at most 8 levels"),
+        ("half\nof them", ""),
+        (float("inf"), ""),
+        (None, ""),
+    ],
+)
+def test_images_that_hardly_moved_are_told_above_1_percent(share: object, told: str) -> None:
+    assert remarks.surrogates([{"pgd": None}], {"linf_weak_share": share}) == f"natural{told}"
 
 
 @pytest.mark.usefixtures("toy")

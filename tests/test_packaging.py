@@ -6,9 +6,11 @@ the path of an otherwise empty virtual environment, where `.pth` files, and so a
 
 from __future__ import annotations
 
+import base64
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ PLUGINS = {"bbmcl_attacks", "bbmcl_datasets", "bbmcl_defenses", "bbmcl_inverters
 SHIPPED = ("backdoorbench_mcl", "plugins", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE",
            "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "constraints.txt", "tox.ini", "docs",
            "tests")  # fmt: skip
+KINDS = {".py", ".toml", ".typed", ".csv", ".html", ".css", ".js", ".txt"}  # no image, no array, no weights
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").exists(), reason="needs a checkout")
 
@@ -83,8 +86,37 @@ def sources() -> set[str]:
     """Everything below the packages that a wheel has to hold, by its name in there."""
     files = [path.relative_to(ROOT) for path in (ROOT / "backdoorbench_mcl").rglob("*")]
     files += [path.relative_to(ROOT / "plugins") for path in (ROOT / "plugins").rglob("*")]
-    kinds = {".py", ".toml", ".typed", ".csv", ".html", ".css", ".js", ".txt"}
-    return {path.as_posix() for path in files if path.suffix in kinds}
+    return {path.as_posix() for path in files if path.suffix in KINDS}
+
+
+def strange(packages: Path) -> list[str]:
+    """Files below a folder in which somebody's trigger could lie: of another kind than ours, no text, or text that
+    holds pictures as base64 or as rows of numbers.
+    """
+    found = []
+    for path in packages.rglob("*"):
+        if not path.is_file() or "__pycache__" in path.parts or any(part.endswith(".egg-info") for part in path.parts):
+            continue
+        content = path.read_bytes()
+        numbers = re.search(rb"([-+.xa-f\d]+[,\s]+){48}", content) and path.name != "paper_tables.csv"
+        text = b"\0" not in content and not re.search(rb"[\w+/=-]{150}", content)
+        if path.suffix not in KINDS or not text or numbers:
+            found.append(path.name)
+    return sorted(found)
+
+
+def test_no_file_of_the_packages_holds_anyone_s_trigger(tmp_path: Path) -> None:
+    """Spec 13. Triggers are drawn or optimised by code; the wheel holds the kinds of `KINDS` alone, as told below."""
+    assert strange(ROOT / "backdoorbench_mcl") + strange(ROOT / "plugins") == []
+    art = bytes(range(256)) * 3
+    rows = ",\n".join(", ".join(map(str, art[i : i + 16])) for i in range(0, 256, 16))
+    for name, content in {
+        "cat.png": b"made up", "masks.npy": b"made up", "model.pt": b"made up", "trigger": b"made up",
+        "raw.txt": art, "word.py": b'X = "' + base64.b64encode(art) + b'"', "rows.py": f"X = [{rows}]".encode(),
+        "plain.py": b"PATCH = [[255, 0, 255], [0, 255, 0], [255, 0, 0]]",
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+    assert strange(tmp_path) == ["cat.png", "masks.npy", "model.pt", "raw.txt", "rows.py", "trigger", "word.py"]
 
 
 def test_the_wheel_holds_every_source_file_and_nothing_else(built: Built) -> None:

@@ -17,7 +17,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from backdoorbench_mcl import cli, params, plan, remarks, report, reproduce
+from backdoorbench_mcl.api import Recipe
 from backdoorbench_mcl.errors import UserError
+from backdoorbench_mcl.presets import PRESETS, PresetName
 from backdoorbench_mcl.presets.suite import NAMES, datasets, pinned, suite
 from backdoorbench_mcl.report import figures, paper
 from backdoorbench_mcl.reproduce import Reproduced
@@ -95,6 +97,17 @@ def test_the_sweeps_hold_the_control_that_tells_the_loss_of_mcldef_plus_from_its
         assert plus.inputs == control.inputs  # the same purified model, the same trigger
         params_of = [node.methods["defense"].params for node in (plus, control)]
         assert {name for name in params_of[0] if params_of[0][name] != params_of[1][name]} == {"stage"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_table_5_trains_by_one_schedule_under_every_preset(preset: PresetName, toy: Toy) -> None:
+    """Spec 4.7 and 4.9: the released script, tenfold drops after epochs 20 and 70 and no Nesterov momentum."""
+    lines = [f"{attack}.target=1" for attack in ("badnets", "trojan", "blend", "cl", "sig")]
+    ((_, options),) = reproduce.planned("table5", toy(*lines, dataset="tiny", preset=preset, budget="full"))
+    recipe = Recipe(**small.resolve(options).train.params)
+    assert (recipe.epochs, recipe.augment, recipe.nesterov) == (100, "crop+flip", False)
+    epochs = {0: 0.1, 19: 0.1, 20: 0.01, 69: 0.01, 70: 0.001, 99: 0.001}
+    assert {epoch: recipe.lr_at(782 * epoch, 782 * 100) for epoch in epochs} == pytest.approx(epochs)
 
 
 def lines_of(name: str, base: Options, said: list[str]) -> dict[str, list[str]]:

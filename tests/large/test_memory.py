@@ -7,7 +7,7 @@ counts.
 
 By default 0.3 GB, of which a job that copies one of the two splits is found out; BBMCL_LARGE_GB=8 (`tox -e large`)
 makes it 8 GB, for which the promise is 1.5 GB and three batches (as float32) at most. What a network keeps for its
-gradients comes on top: here next to nothing.
+gradients comes on top: here next to nothing (ADR 0014 has what it is elsewhere, and which methods are not asked here).
 """
 
 from __future__ import annotations
