@@ -123,7 +123,7 @@ def test_a_surrogate_is_judged_alike_in_any_batches(monkeypatch: pytest.MonkeyPa
         found.clear()
         accuracy = victims._under_pgd(Tiny(), given, generator(1))
         assert [len(part) for part in found] == passes
-        how = {"eps": 8 / 255, "step": 2 / 255, "steps": 10, "rng": generator(1)}
+        how: dict[str, Any] = {"eps": 8 / 255, "step": 2 / 255, "steps": 10, "rng": generator(1)}
         moved = search(Tiny(), given.x.float() / 255, given.y, **how)
         assert torch.equal(torch.cat(found), moved)
         assert accuracy == 100 * float((Tiny()(moved).argmax(1) == given.y).float().mean())
