@@ -181,8 +181,8 @@ def reproduce(
     dry_run: DryRun = False,
 ) -> None:
     """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
-    from . import documents, runner
     from . import reproduce as pinned
+    from . import runner
     from .request import Options
 
     base = Options(
@@ -198,11 +198,9 @@ def reproduce(
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
     status = 0
-    rows: dict[str, Row] = {}
-    sheets: list[Sheet] = []
+    every: list[pinned.Reproduced] = []
     for found in pinned.reproduce(target, base, settings, fmt, color=_colour(), announce=_say):
-        rows |= {row.key: row for row in found.rows}
-        sheets += found.sheets
+        every.append(found)
         if fmt not in ("json", "csv", "html"):
             closing = ["", found.closing] if found.closing else []
             print("\n".join([found.text, "", *map(str, found.files), *closing]), flush=True)
@@ -210,12 +208,9 @@ def reproduce(
             _say(one_line(f"bbmcl: {problem}"))
         status |= runner.exit_status(found.rows)
     if fmt == "html":
-        page = runs / f"reproduce-{pinned.stem(target)}.html"
-        title = f"bbmcl reproduce {target}"
-        every = list(rows.values())
-        print(documents.write_page(runs, every, page, below=sheets, title=title, printed_names=True))
+        print(pinned.write_page(target, every, runs))
     elif fmt in ("json", "csv"):
-        _print_rows(list(rows.values()), fmt)
+        _print_rows(list({row.key: row for found in every for row in found.rows}.values()), fmt)
     raise typer.Exit(status)
 
 

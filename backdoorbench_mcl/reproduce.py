@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,8 @@ ALL = "all"
 class Reproduced:
     """One target: its rows, what to print, the printed numbers, the figures that were written, what could not be drawn.
 
-    The last target has the claims of all of them among its sheets, and in `closing` where it is not the only one.
+    sheets: its tables beyond the grids and their statistics. The last target has the claims of all of them in `judged`,
+    and where it is not the only one as text in `closing`.
     """
 
     suite: Suite
@@ -38,6 +39,7 @@ class Reproduced:
     sheets: tuple[Sheet, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
+    judged: tuple[Sheet, ...] = ()
     closing: str = ""
 
 
@@ -175,13 +177,33 @@ def reproduce(
             within = sheets if len(runs) > 1 else (*sheets, *judged)
             text = _text(found, options, settings, rows, fmt, within, color)
         if printing and judged and len(runs) > 1:
-            closing = _titled(", ".join(one.name for one, _ in runs), fmt, _alone(judged, fmt))
-        yield Reproduced(found, tuple(rows), text, (*sheets, *judged), files, problems, closing)
+            closing = _titled(_named(one for one, _ in runs), fmt, _alone(judged, fmt))
+        yield Reproduced(found, tuple(rows), text, sheets, files, problems, judged, closing)
+
+
+def write_page(name: str, found: Sequence[Reproduced], runs: Path) -> Path:
+    """The HTML page of what `reproduce` found: each target for itself, then the claims of all. Returns where it is."""
+    from . import documents
+    from .report.html import Part
+
+    parts = [Part(one.suite.title, one.rows, one.sheets, features=one.suite.kind == "tsne") for one in found]
+    judged = found[-1].judged
+    if len(parts) == 1:
+        parts = [replace(parts[0], below=(*parts[0].below, *judged))]
+    elif judged:
+        parts.append(Part(f"{_named(one.suite for one in found)}: claims", (), judged))
+    return documents.write_parts(
+        runs, parts, runs / f"reproduce-{stem(name)}.html", f"bbmcl reproduce {name}", printed_names=True
+    )
 
 
 def stem(name: str) -> str:
     """Targets as a part of a file name."""
     return "-".join(targets(name)) if name != ALL else ALL
+
+
+def _named(suites: Iterable[Suite]) -> str:
+    return ", ".join(one.name for one in suites)
 
 
 def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
@@ -291,4 +313,4 @@ def _tsne(
     return tuple(figures.save(figures.tsne(panels, found.title), stem)), problems
 
 
-__all__ = ["ALL", "Reproduced", "planned", "reproduce", "stem", "targets"]
+__all__ = ["ALL", "Reproduced", "planned", "reproduce", "stem", "targets", "write_page"]

@@ -223,8 +223,8 @@ def test_a_figure_that_cannot_be_drawn_stops_no_other_target(tmp_path: Path) -> 
 
 
 def claims_of(found: Reproduced) -> list[str]:
-    """The claims among the sheets of a target."""
-    return [line[0] for sheet in found.sheets if sheet.title.startswith("Claims: ") for line in sheet.body]
+    """The claims that stand with a target."""
+    return [line[0] for sheet in found.judged for line in sheet.body]
 
 
 @pytest.mark.parametrize("fmt, heading", [
@@ -248,6 +248,31 @@ def test_the_command_shows_the_claims_once(tmp_path: Path, fmt: str) -> None:
     assert done.exit_code == 0, done.output
     text = done.stdout if fmt == "table" else (tmp_path / "reproduce-fig4-fig9.html").read_text()
     assert text.count("Claims") == 1
+
+
+def headings(page: str) -> list[str]:
+    """The headings of a page, and the best BA of each grid's lines below the grid's own."""
+    found = re.findall(r"<h[234][^>]*>([^<]*)<|class=\"heat best\"[^>]*><button[^>]*>([^<]*)<", page)
+    return [heading.partition(":")[0].split(",")[0] or f"best {value}" for heading, value in found]
+
+
+def test_a_page_of_several_targets_has_each_for_itself(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"knows": ("target",)}
+    shared = [make("badnets", "before", 99.0, 83.0), make("badnets", "mcldef", 3.0, 80.0, **told)]
+    one = [*shared, make("badnets", "nad", 30.0, 81.0)]
+    two = [*shared, make("badnets", "mcldef(inverter=mesa)", 20.0, 82.0, knows=("location", "target"))]
+    runs = ("--runs", str(tmp_path), "--budget", "full", "--precision", "fp32", "--format", "html")
+    with computed({"table1": one, "table2": two}):
+        done = CliRunner().invoke(cli.app, ["reproduce", "table1,table2", *runs])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "reproduce-table1-table2.html").read_text()
+    assert headings(page) == [
+        "Table 1", "cifar10", "best 3.00", "best 81.00", "Every cell", "MCLDef† less each other defense",
+        "Beside the printed Table 1", "Table 2", "cifar10", "best 3.00", "best 82.00", "Every cell",
+        "MCLDef† less each other defense", "Beside the printed Table 2", "table1", "Claims",
+    ]  # fmt: skip
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [run["row"]["defense"] for run in data["runs"]] == ["before", "mcldef", "nad", "mcldef(inverter=mesa)"]
 
 
 def test_the_claims_of_a_single_target_stand_with_it(tmp_path: Path) -> None:

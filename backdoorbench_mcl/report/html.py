@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,18 @@ _NUMBER = re.compile(r"\s*[<>≤≥]?\s*([-+\N{MINUS SIGN}]?\d+(?:\.\d+)?(?:e[-+
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
 
 
+@dataclass(frozen=True)
+class Part:
+    """What has grids, ranks and tests of its own on a page. title: its heading, "" where it is the whole page; below:
+    tables after its own; features: whether the stored features of its models are drawn.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    below: Sequence[Sheet] = ()
+    features: bool = True
+
+
 def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
          below: Sequence[Sheet] = (), against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
     """Rows as one HTML page.
@@ -46,23 +59,35 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     sets lie, for test images; below: further tables; printed_names: tables have the paper's
     names of attacks and defenses, and its slash. Raises UserError where one label stands for two things.
     """
-    blocks = grid.build(rows)
-    room = max(LEAST, SIZE - RUN_BYTES * len(rows))
+    return page_of([Part("", rows, below)], store=store, cache_folder=cache_folder, title=title, against=against,
+                   printed_names=printed_names)  # fmt: skip
+
+
+def page_of(parts: Sequence[Part], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
+            against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
+    """Parts as one HTML page, each for itself; only what is behind a run is held once for all. As `page` otherwise."""
+    blocks = [grid.build(part.rows) for part in parts]
+    room = max(LEAST, SIZE - RUN_BYTES * len({row.key for part in parts for row in part.rows}))
     drill, plots = Drill(store, cache_folder, (1 - PLOTS) * room), Plots(PLOTS * room)
     evidence = None if store is None else Evidence(store)
-    shown = [paper.restyle(block) for block in blocks] if printed_names else blocks
     against = paper.DEFENSES.get(against or inference.PREFERRED, against) if printed_names else against
-    grids = [_grid(*pair, drill, plots, evidence) for pair in zip(shown, blocks, strict=True)]
-    sweeps = plots.of_sweeps(blocks)
-    predictions = None if evidence is None else evidence.predictions
-    sheets = [*(inference.sheets(shown, against, predictions) if blocks else ()), *below]
+
+    def shown(part: Part, stored: Sequence[Block]) -> dict[str, Any]:
+        named = [paper.restyle(block) for block in stored] if printed_names else stored
+        grids = [_grid(*pair, drill, plots, evidence if part.features else None)
+                 for pair in zip(named, stored, strict=True)]  # fmt: skip
+        predictions = None if evidence is None else evidence.predictions
+        sheets = [*inference.sheets(named, against, predictions), *part.below]
+        return {"title": one_line(part.title), "grids": grids, "sweeps": plots.of_sweeps(stored), "sheets": sheets,
+                "left_out": plots.left_out()}  # fmt: skip
+
+    made = [shown(*pair) for pair in zip(parts, blocks, strict=True)]
     data, lines = drill.data(plots.room)
     script = _asset("page.js")
     return _template().render(
-        title=one_line(title), banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
-        css=_safe(_asset("page.css")),
-        script=_safe(script), script_hash=_policy_hash(script),
-        data=_safe(_json(data)), left_out=[*plots.left_out(), *lines],
+        title=one_line(title), banner=notes.banner(block for found in blocks for block in found), parts=made,
+        css=_safe(_asset("page.css")), script=_safe(script), script_hash=_policy_hash(script),
+        data=_safe(_json(data)), left_out=lines,
     )  # fmt: skip
 
 
@@ -171,4 +196,4 @@ def _colour(stat: Stat | None, good: float, bad: float) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-__all__ = ["TITLE", "page"]
+__all__ = ["TITLE", "Part", "page", "page_of"]
