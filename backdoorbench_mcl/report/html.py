@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .drill import Drill
 from .evidence import Evidence
 from .grid import Block, Cell, Rank, Stat
 from .plots import Plots
+from .records import embedded
 from .sheets import Sheet
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TITLE = "bbmcl report"
-SIZE, RUN_BYTES = 4_800_000, 2_400  # of a page, and of what each run always takes: words, numbers, buttons
-LEAST = 1_000_000  # bytes of plots, pictures, curves and logs, however many runs there are
-PLOTS = 0.25  # of these: plots
+SIZE = 4_800_000  # bytes of a page
+CELL_BYTES = 1_700  # about what a cell takes in grids and sheets
+LEAST = 1_000_000  # bytes of plots and of what is behind the cells, however many cells there are
+PLOTS = 0.25  # of what the cells leave: plots
 _NUMBER = re.compile(r"\s*[<>≤≥]?\s*([-+\N{MINUS SIGN}]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)")
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
 
@@ -67,8 +68,8 @@ def page_of(parts: Sequence[Part], *, store: Store | None = None, cache_folder: 
             against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
     """Parts as one HTML page, each for itself; only what is behind a run is held once for all. As `page` otherwise."""
     blocks = [grid.build(part.rows) for part in parts]
-    room = max(LEAST, SIZE - RUN_BYTES * len({row.key for part in parts for row in part.rows}))
-    drill, plots = Drill(store, cache_folder, (1 - PLOTS) * room), Plots(PLOTS * room)
+    cells = sum(cell is not None for found in blocks for block in found for line in block.lines for cell in line.cells)
+    drill, plots = Drill(store, cache_folder), Plots(PLOTS * max(LEAST, SIZE - CELL_BYTES * cells))
     evidence = None if store is None else Evidence(store)
     against = paper.DEFENSES.get(against or inference.PREFERRED, against) if printed_names else against
 
@@ -81,13 +82,13 @@ def page_of(parts: Sequence[Part], *, store: Store | None = None, cache_folder: 
         return {"title": one_line(part.title), "grids": grids, "sweeps": plots.of_sweeps(stored), "sheets": sheets,
                 "left_out": plots.left_out()}  # fmt: skip
 
-    made = [shown(*pair) for pair in zip(parts, blocks, strict=True)]
-    data, lines = drill.data(plots.room)
+    body = _template("page.body.html").render(parts=[shown(*pair) for pair in zip(parts, blocks, strict=True)])
+    data, lines = drill.data(max(LEAST, SIZE - len(body.encode())))
     script = _asset("page.js")
-    return _template().render(
-        title=one_line(title), banner=notes.banner(block for found in blocks for block in found), parts=made,
+    return _template("page.html").render(
+        title=one_line(title), banner=notes.banner(block for found in blocks for block in found), body=_safe(body),
         css=_safe(_asset("page.css")), script=_safe(script), script_hash=_policy_hash(script),
-        data=_safe(_json(data)), left_out=lines,
+        data=_safe(embedded(data)), left_out=lines,
     )  # fmt: skip
 
 
@@ -101,13 +102,13 @@ def _asset(name: str) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     from jinja2 import Environment, StrictUndefined
 
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.filters["number"] = _sortable
     found.filters["order"] = _columns
-    return found.from_string(_asset("page.html"))
+    return found.from_string(_asset(name))
 
 
 def _safe(text: str) -> Markup:
@@ -115,12 +116,6 @@ def _safe(text: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704 (never text of others)
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _sortable(text: str) -> str:
@@ -168,12 +163,12 @@ def _cells(cells: Sequence[Cell | None], drill: Drill) -> list[dict[str, Any] | 
 
 
 def _cell(cell: Cell, drill: Drill, low: float, high: float) -> dict[str, Any]:
-    runs = json.dumps([drill.place(row) for row in cell.runs])
+    number = drill.cell(cell.runs)
     if cell.failure:
-        return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "runs": runs}
+        return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "number": number}
     tag = f" ({cell.tag})" if cell.tag else ""
     return {
-        "failure": "", "runs": runs, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
+        "failure": "", "number": number, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
         "asr_value": "" if cell.asr is None else cell.asr.mean, "ba_value": "" if cell.ba is None else cell.ba.mean,
         "asr_rank": _rank(cell.asr_rank, cell.asr), "ba_rank": _rank(cell.ba_rank, cell.ba),
         "asr_colour": _colour(cell.asr, 0, 100), "ba_colour": _colour(cell.ba, high, low),

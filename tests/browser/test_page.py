@@ -17,6 +17,7 @@ import pytest
 from made import make
 from shelves import Shelves
 
+from backdoorbench_mcl.report import html
 from backdoorbench_mcl.report.html import Part, page, page_of
 from backdoorbench_mcl.report.sheets import Sheet
 
@@ -172,6 +173,19 @@ def test_two_parts_have_each_its_grids_and_a_link(tmp_path: Path) -> None:
         assert "badnets / mcldef(inverter=mesa), victim seed 0" in driver.find_element(By.ID, "cell").text
         shot(driver, "part-cell")
         assert driver.get_log("browser") == []
+
+
+def test_a_cell_says_how_many_of_its_runs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "SIZE", 0)
+    monkeypatch.setattr(html, "LEAST", 3_000)
+    file = tmp_path / "page.html"
+    file.write_text(page([make("badnets", "ft", 5.0 + victim, victim=victim) for victim in range(20)]))
+    with chromium(file, 1400) as driver:
+        driver.find_elements(By.XPATH, "//tr[th='badnets']//td/button")[-1].click()
+        dialog = driver.find_element(By.ID, "cell")
+        shown = len(dialog.find_elements(By.TAG_NAME, "h2"))
+        assert 1 <= shown < 20
+        assert dialog.text.endswith(f"Not shown, to keep the page small: {20 - shown} of the 20 runs of this cell.")
 
 
 def test_the_console_stays_empty(browser: Any) -> None:
