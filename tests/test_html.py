@@ -97,6 +97,20 @@ def test_the_page_holds_the_grid_and_every_run() -> None:
     assert "8910 of 9000" in told(found.data, 0)["ASR"]
 
 
+def test_an_erased_cell_has_no_colour_of_a_good_one_and_its_runs_say_what_they_are() -> None:
+    rows = [make("sig", "before", 99.5, 84.0), make("sig", "ft", 0.0, 70.0, tca=0.1), make("sig", "nad", 1.0, 81.0),
+            make("sig", "nc", 9.0, 80.0)]  # fmt: skip
+    found = Parsed(page(rows))
+    heat = [a for tag, a in found.tags if tag == "td" and "heat" in (a.get("class") or "")]
+    assert [a["class"] for a in heat[2::2]] == ["heat  none", "heat best", "heat second"]
+    assert [a["style"] for a in heat[2::2]] == [
+        "background: none", "background: rgb(222,234,246)", "background: rgb(225,230,234)",
+    ]  # fmt: skip
+    floor, erased = "ASR at its floor", "target class erased"
+    marks = [{floor, erased} & told(found.data, run).keys() for run in range(4)]
+    assert marks == [set(), {floor, erased}, {floor}, set()]
+
+
 def test_nothing_from_outside_is_markup_or_script() -> None:
     rows = [
         make("badnets", "before", 99.0, 83.0),

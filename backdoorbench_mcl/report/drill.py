@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..errors import UserError
+from ..evaluate import marks
 from ..rows import Row
 from ..store import Store
 from ..text import one_line
@@ -290,7 +291,10 @@ def _told(row: Row) -> list[tuple[str, str]]:
             low, high = statistics.wilson(k, n)
             text += f" ({k} of {n}; {low:.2f} to {high:.2f} by the draw of test images alone)"
         out.append((title, text))
+    what = marks(row)
     facts = (
+        ("ASR at its floor", "not above FTR: nothing left to tell apart" if what["asr_at_floor"] else ""),
+        ("target class erased", "TCA below a tenth of its value before" if what["target_class_erased"] else ""),
         ("before defense", _before(row)), ("DER", _number(row.der)), ("gate", row.gate),
         ("told", ", ".join(row.knows)), ("verdict", row.verdict), ("surrogates", row.surrogate),
         ("attacker controls", "" if row.controls == "data" else row.controls), ("custom inference", row.rebuild),

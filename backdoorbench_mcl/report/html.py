@@ -167,11 +167,12 @@ def _cell(cell: Cell, drill: Drill, low: float, high: float) -> dict[str, Any]:
     if cell.failure:
         return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "number": number}
     tag = f" ({cell.tag})" if cell.tag else ""
+    good = None if cell.erased else cell.asr  # an ASR that is low because the class is gone is not good
     return {
         "failure": "", "number": number, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
         "asr_value": "" if cell.asr is None else cell.asr.mean, "ba_value": "" if cell.ba is None else cell.ba.mean,
-        "asr_rank": _rank(cell.asr_rank, cell.asr), "ba_rank": _rank(cell.ba_rank, cell.ba),
-        "asr_colour": _colour(cell.asr, 0, 100), "ba_colour": _colour(cell.ba, high, low),
+        "asr_rank": _rank(cell.asr_rank, good), "ba_rank": _rank(cell.ba_rank, cell.ba),
+        "asr_colour": _colour(good, 0, 100), "ba_colour": _colour(cell.ba, high, low),
     }  # fmt: skip
 
 

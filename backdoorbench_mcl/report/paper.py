@@ -72,6 +72,7 @@ class Comparison:
     ba_word: Verdict
     why: str  # why there is no word
     marks: str = ""
+    ftr: tuple[float, ...] = ()  # as asr: its floor
 
 
 @cache
@@ -159,7 +160,7 @@ def compare(rows: Sequence[Row], table: int) -> list[Comparison]:
 def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     departures = [departure(row, cell.table) for row in rows]
     fitting = [row for row, why in zip(rows, departures, strict=True) if not why]
-    asr, ba = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt"))
+    asr, ba, ftr = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt", "ftr"))
     if not asr and not ba:
         return Comparison(cell, dataset, asr, ba, "", "", next(filter(None, departures), "no run has finished"))
     runs = cell_of(fitting)
@@ -167,14 +168,14 @@ def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     scaled = sorted({row.budget for row in fitting} - {"full"})
     obstacle = f"scaled protocol (budget {', '.join(scaled)})" if scaled else untestable(runs)
     if obstacle:
-        return Comparison(cell, dataset, asr, ba, "", "", obstacle, marks)
+        return Comparison(cell, dataset, asr, ba, "", "", obstacle, marks, ftr)
     images = IMAGES[params.selection(dataset).name]
     words = [
         _word(asr, cell.asr, images, statistics.ASR_WIDTH, logit=True),
         _word(ba, cell.ba, images, statistics.BA_WIDTH, logit=False),
     ]
     why = f"n = {len(ba)}: fewer than {statistics.MIN_VICTIMS} victims" if len(ba) < statistics.MIN_VICTIMS else ""
-    return Comparison(cell, dataset, asr, ba, words[0], words[1], why, marks)
+    return Comparison(cell, dataset, asr, ba, words[0], words[1], why, marks, ftr)
 
 
 def untestable(*cells: Cell) -> str:
@@ -224,11 +225,12 @@ def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
         ours = [fmean(values) if values else None for values in (c.asr, c.ba_nt)]
         asr, ba = (_beside(own, value) for own, value in zip(ours, (c.printed.asr, c.printed.ba), strict=True))
         asr = (asr[0] + c.marks, *asr[1:])
+        ftr = f"{fmean(c.ftr):.2f}" if c.ftr else NONE
         n = str(len(c.ba_nt)) if c.ba_nt else NONE
-        body.append((c.printed.attack, c.printed.defense, n, *asr, c.asr_word, *ba, c.ba_word))
+        body.append((c.printed.attack, c.printed.defense, n, ftr, *asr, c.asr_word, *ba, c.ba_word))
         if c.why:
             notes_.append(c.why)
-    head = ("attack", "defense", "n", "ASR", "printed", "diff.", "", "BA nt", "printed", "diff.", "")
+    head = ("attack", "defense", "n", "FTR", "ASR", "printed", "diff.", "", "BA nt", "printed", "diff.", "")
     below = [
         "The printed BA leaves out the target class, so it stands beside our BA nt; n: victims. A word is given for a "
         "prediction interval around at least 5 victims at budget full (spec 12.2), at most 2 points of BA and 3 of ASR "
