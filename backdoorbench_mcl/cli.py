@@ -18,6 +18,7 @@ from .flags import (
     DEFAULT_RUNS,
     Address,
     Budget,
+    CleanModel,
     DataRoot,
     Dataset,
     DefenseSeeds,
@@ -33,6 +34,7 @@ from .flags import (
     Precision,
     Preset,
     Retry,
+    Retune,
     Runs,
     Seeds,
     Set,
@@ -107,12 +109,8 @@ def matrix(
         list[str] | None,
         typer.Option(metavar="NAME.PARAM=V1,V2,...", help="A column per value; also clean-rate=...; repeatable."),
     ] = None,
-    retune: Annotated[
-        int, typer.Option(metavar="N", help="Also teach each repaired model N (10-50) triggered images, and judge it.")
-    ] = 0,
-    clean_model: Annotated[
-        bool, typer.Option("--clean-model", help="Also run every defense on a clean model (the attack none).")
-    ] = False,
+    retune: Retune = 0,
+    clean_model: CleanModel = False,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
@@ -164,6 +162,8 @@ def reproduce(
     preset: Preset = "paper",
     budget: Budget = None,
     set_: Set = None,
+    retune: Retune = 0,
+    clean_model: CleanModel = False,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
@@ -183,11 +183,11 @@ def reproduce(
     """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
     from . import reproduce as pinned
     from . import runner
-    from .request import Options
+    from .request import CONTROL, Options
 
     base = Options(
-        "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget, overrides=tuple(set_ or ()),
-        device=device, precision=precision, data_root=data_root,
+        CONTROL if clean_model else "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget,
+        overrides=tuple(set_ or ()), device=device, precision=precision, data_root=data_root, retune=retune,
     )  # fmt: skip
     settings = runner.Settings(
         runs, workers, threads_per_job, timeout, isolation, retry, memory=memory, engine=engine, address=address,

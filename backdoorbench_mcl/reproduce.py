@@ -59,7 +59,8 @@ def _parts(name: str) -> tuple[str, ...]:
 def planned(
     name: str, base: Options, announce: Callable[[str], None] = lambda line: None
 ) -> list[tuple[Suite, Options]]:  # fmt: skip
-    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names.
+    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names; an attack
+    of the base (the control `none`) comes after those of each target that repairs anything.
 
     A `--set` line of the base beats one of the target. Where there are several targets it holds for those that have a
     method of its name; the others are announced, as are the targets that `all` leaves out on a data set.
@@ -82,7 +83,7 @@ def planned(
     found = [suite(each, dataset, budget) for each in names if each not in left_out]
     bare = [
         replace(
-            base, attacks=one.attacks, defenses=one.defenses, model=base.model or one.model, budget=budget,
+            base, attacks=_attacks(one, base), defenses=one.defenses, model=base.model or one.model, budget=budget,
             overrides=one.set, sweeps=one.sweep, embed=one.kind == "tsne",
         )
         for one in found
@@ -92,6 +93,10 @@ def planned(
         lines = _shared_out(base.overrides, found, bare, known, announce)
     return [(one, replace(options, overrides=(*one.set, *own)))
             for one, options, own in zip(found, bare, lines, strict=True)]  # fmt: skip
+
+
+def _attacks(one: Suite, base: Options) -> str:
+    return f"{one.attacks},{base.attacks}" if base.attacks and one.defenses != NOTHING else one.attacks
 
 
 def _shared_out(
@@ -156,7 +161,7 @@ def reproduce(
 ) -> Iterator[Reproduced]:  # fmt: skip
     """Run what is missing of each target and say what came of it, one after the other.
 
-    base: as for `planned`, with attacks and defenses "" and model "" for the targets' own. Figures go to `figures/` in
+    base: as for `planned`, with defenses "" and model "" for the targets' own. Figures go to `figures/` in
     the runs folder. Raises UserError as `runner.run_matrix` does.
     Example: `for found in reproduce("table1", Options("", "", "shapes", ""), Settings()): print(found.text)`
     """
@@ -301,7 +306,10 @@ def _tsne(
     store = Store(settings.runs)
     try:
         evidence = Evidence(store)
-        shown = [(row, evidence.embedding(row)) for row in rows if row.state == "ok"]
+        drawn = (
+            row for row in rows if row.state == "ok" and row.asr is not None
+        )  # a clean model has no triggered images
+        shown = [(row, evidence.embedding(row)) for row in drawn]
     finally:
         store.close()
     problems = tuple(

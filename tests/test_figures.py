@@ -86,6 +86,14 @@ def test_curves_mark_erased_classes_and_name_every_line() -> None:
     assert len(crosses) == 6  # three rates, of ASR and of BA
 
 
+def test_a_clean_model_has_a_panel_of_ba_and_none_of_asr() -> None:
+    clean = [make("none", "ft", None, 80.0, clean_rate=rate, asr_before=None) for rate in (0.01, 0.05, 0.2)]
+    made = figures.curves([*sweep(), *clean], "t")
+    assert made is not None
+    assert [axis.axison for axis in made.axes] == [True, False, True, True]
+    assert [text.get_text() for text in made.axes[1].texts] == ["no ASR"]
+
+
 def sweep_of(defense: str, **more: Any) -> list[Row]:
     return [make("badnets", defense, 9.0, 70.0, clean_rate=rate, **more) for rate in (0.01, 0.05, 0.2)]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,39 @@ def test_targets_are_checked_before_anything_is_run() -> None:
         reproduce.targets("table2,tabel1")
     with pytest.raises(UserError, match="expected all or some of"):
         reproduce.targets("")
+
+
+def test_a_clean_model_and_re_tuning_are_passed_on_to_the_runs(toy: Toy) -> None:
+    base = replace(toy(), attacks="none", retune=12)
+    found = {one.name: small.build(options) for one, options in reproduce.planned("table1,fig3,fig5", base)}
+    kinds = {name: Counter(node.kind for node in built.nodes.values()) for name, built in found.items()}
+    defenses = {name: {cell.row.defense for cell in built.cells if cell.row.attack == "none"} for name, built in
+                found.items()}  # fmt: skip
+    assert defenses == {
+        "table1": {"before", "ft", "nad", "ibau", "nc", "mcldef"}, "fig3": {"before", "nad", "nc", "mcldef"},
+        "fig5": set(),
+    }  # fmt: skip
+    assert kinds["table1"]["retune"] == 5 * 6  # of each attack the repaired models, and the clean one
+    plain = small.build(reproduce.planned("fig3", toy())[0][1])
+    embedded = [node for node in plain.nodes.values() if node.kind == "embed"]
+    assert kinds["fig3"]["embed"] == len(embedded) == 8  # none of a model without a trigger
+
+
+def test_the_command_has_both_flags(bbmcl: Bbmcl) -> None:
+    plain = bbmcl("reproduce", "fig3", *TOY, "--dry-run")
+    both = bbmcl("reproduce", "fig3", *TOY, "--set", "none.target=1", "--clean-model", "--retune", "12", "--dry-run")
+    assert both.returncode == 0, both.stderr
+    lines = re.compile(r"^ +([a-z]+) +(\d+) to compute", re.MULTILINE)
+    counts = [{kind: int(count) for kind, count in lines.findall(done.stdout)} for done in (plain, both)]
+    assert "retune" not in counts[0]
+    assert counts[1]["retune"] == 8
+    assert (counts[1]["train"], counts[1]["defend"]) == (counts[0]["train"] + 1, counts[0]["defend"] + 3)
+
+
+def test_a_clean_model_is_not_missed_among_pictures_of_features(tmp_path: Path) -> None:
+    found = [make("badnets", "ft", 3.0), make("none", "ft", None, 82.0, asr_before=None)]
+    (made,) = reproduced(tmp_path, {"fig3": found})
+    assert made.problems == ("badnets / ft: its embedding is not stored", "fig3: no model to draw")
 
 
 Toy = Callable[..., Options]

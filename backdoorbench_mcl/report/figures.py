@@ -211,6 +211,9 @@ def drawn(sweep: Sweep, title: str) -> Figure:
             if level is not None:
                 axis.axhline(level.mean, color="black", linewidth=0.8, linestyle="--")
                 entries["undefended"] = Line2D([], [], color="black", linewidth=0.8, linestyle="--")
+            if not axis.has_data():  # a clean model has no ASR
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, f"no {metric.upper()}", color=GREY, ha="center", transform=axis.transAxes)
     cells = [point.cell for by in sweep.curves.values() for points in by.values() for point in points]
     named: dict[str, Artist] = {}
     for i, curve in enumerate(lines):
