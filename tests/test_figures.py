@@ -143,7 +143,8 @@ def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     assert made.get_suptitle().replace("\n", " ") == "t; dashed: Pareto front, cells at the floor of ASR tie"
     assert entries(made)[-1] == "ring: ASR at its floor"
     rings = [dots for dots in made.axes[0].collections if dots.get_label() == "floor"]
-    assert sorted(float(x) for ring in rings for x, _ in ring.get_offsets()) == pytest.approx([0.5, 1.0, 1.5], abs=0.01)
+    places = np.concatenate([np.asarray(ring.get_offsets()) for ring in rings])
+    assert sorted(places[:, 0]) == pytest.approx([0.5, 1.0, 1.5], abs=0.01)
     assert all(len(ring.get_facecolor()) == 0 for ring in rings)
     (drawn,) = made.axes[0].lines
     assert np.allclose(np.asarray(drawn.get_xdata(), float), [1.5, 40.0])
@@ -154,10 +155,9 @@ def test_a_ring_is_larger_than_its_dot_and_an_erased_cell_has_none(cost: bool) -
     rows = [make("sig", "ft", 1.0, 80.0), make("sig", "nad", 40.0, 81.0), make("sig", "nc", 0.0, 70.0, tca=0.1)]
     made = figures.scatter(rows, "t", cost)
     assert made is not None
-    dots, rings = ([dots for dots in made.axes[0].collections if (dots.get_label() == "floor") == ring]
-                   for ring in (False, True))  # fmt: skip
-    (ring,) = rings
-    (dot,) = (dot for dot in dots if np.allclose(dot.get_offsets(), ring.get_offsets()))
+    every: list[Any] = list(made.axes[0].collections)
+    (ring,) = (marks for marks in every if marks.get_label() == "floor")
+    (dot,) = (marks for marks in every if marks is not ring and np.allclose(marks.get_offsets(), ring.get_offsets()))
     assert ring.get_sizes()[0] > 2 * dot.get_sizes()[0]
     assert entries(made)[-2:] == ["hollow: target class erased", "ring: ASR at its floor"]
     without = figures.scatter([make("sig", "ft", 9.0, 80.0)], "t", cost)

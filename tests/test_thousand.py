@@ -35,8 +35,8 @@ def cell(attack: int, defense: int) -> Row:
     ba = {5: 82.0, 6: 82.0, 7: 81.5}.get(defense, 70.0 + attack / 10)
     more: dict[str, Any] = {2: {"ftr": 0.5}, 8: {"tca": 0.1, "ftr": 0.0}}.get(defense, {})
     if defense in (9, 11):
-        unknown = ("asr", "ftr", "der", "seconds") if defense == 9 else ("ba", "tca", "ba_nt")
-        return replace(make(a, d, asr, ba), **dict.fromkeys(unknown))
+        unknown: dict[str, Any] = dict.fromkeys(("asr", "ftr", "der") if defense == 9 else ("ba", "tca", "ba_nt"))
+        return replace(make(a, d, asr, ba), **unknown)
     if defense > 12 and (attack + defense) % 17 == 0:
         return make(a, d, state="failed", reason=HOSTILE * 20)
     return make(a, d, asr, ba, **more)
