@@ -18,6 +18,7 @@ from .flags import (
     DEFAULT_RUNS,
     Address,
     Budget,
+    CleanModel,
     DataRoot,
     Dataset,
     DefenseSeeds,
@@ -33,6 +34,7 @@ from .flags import (
     Precision,
     Preset,
     Retry,
+    Retune,
     Runs,
     Seeds,
     Set,
@@ -107,12 +109,8 @@ def matrix(
         list[str] | None,
         typer.Option(metavar="NAME.PARAM=V1,V2,...", help="A column per value; also clean-rate=...; repeatable."),
     ] = None,
-    retune: Annotated[
-        int, typer.Option(metavar="N", help="Also teach each repaired model N (10-50) triggered images, and judge it.")
-    ] = 0,
-    clean_model: Annotated[
-        bool, typer.Option("--clean-model", help="Also run every defense on a clean model (the attack none).")
-    ] = False,
+    retune: Retune = 0,
+    clean_model: CleanModel = False,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
@@ -164,6 +162,8 @@ def reproduce(
     preset: Preset = "paper",
     budget: Budget = None,
     set_: Set = None,
+    retune: Retune = 0,
+    clean_model: CleanModel = False,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
@@ -181,13 +181,13 @@ def reproduce(
     dry_run: DryRun = False,
 ) -> None:
     """Run the paper's tables and figures, beside the printed numbers. What is stored is not computed again."""
-    from . import documents, runner
     from . import reproduce as pinned
-    from .request import Options
+    from . import runner
+    from .request import CONTROL, Options
 
     base = Options(
-        "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget, overrides=tuple(set_ or ()),
-        device=device, precision=precision, data_root=data_root,
+        CONTROL if clean_model else "", "", dataset, model, seeds, defense_seeds, preset=preset, budget=budget,
+        overrides=tuple(set_ or ()), device=device, precision=precision, data_root=data_root, retune=retune,
     )  # fmt: skip
     settings = runner.Settings(
         runs, workers, threads_per_job, timeout, isolation, retry, memory=memory, engine=engine, address=address,
@@ -198,11 +198,9 @@ def reproduce(
             print("\n".join([one.title, *(f"  {line}" for line in runner.dry_run(options, settings))]))
         return
     status = 0
-    rows: dict[str, Row] = {}
-    sheets: list[Sheet] = []
+    every: list[pinned.Reproduced] = []
     for found in pinned.reproduce(target, base, settings, fmt, color=_colour(), announce=_say):
-        rows |= {row.key: row for row in found.rows}
-        sheets += found.sheets
+        every.append(found)
         if fmt not in ("json", "csv", "html"):
             closing = ["", found.closing] if found.closing else []
             print("\n".join([found.text, "", *map(str, found.files), *closing]), flush=True)
@@ -210,12 +208,9 @@ def reproduce(
             _say(one_line(f"bbmcl: {problem}"))
         status |= runner.exit_status(found.rows)
     if fmt == "html":
-        page = runs / f"reproduce-{pinned.stem(target)}.html"
-        title = f"bbmcl reproduce {target}"
-        every = list(rows.values())
-        print(documents.write_page(runs, every, page, below=sheets, title=title, printed_names=True))
+        print(pinned.write_page(target, every, runs))
     elif fmt in ("json", "csv"):
-        _print_rows(list(rows.values()), fmt)
+        _print_rows(list({row.key: row for found in every for row in found.rows}.values()), fmt)
     raise typer.Exit(status)
 
 

@@ -12,6 +12,7 @@ from .rows import Row
 from .store import Store
 
 if TYPE_CHECKING:
+    from .report.html import Part
     from .report.sheets import Sheet
 
 
@@ -53,24 +54,32 @@ def _printed(rows: Sequence[Row], table: int | None) -> list[Sheet]:
 
 
 def write_page(
-    runs: Path, rows: Sequence[Row], file: Path, printed: int | None = None, against: str | None = None,
-    below: Sequence[Sheet] = (), title: str = "bbmcl report", printed_names: bool = False,
-) -> Path:  # fmt: skip
+    runs: Path, rows: Sequence[Row], file: Path, printed: int | None = None, against: str | None = None
+) -> Path:
     """Write the HTML page of rows of a runs folder, whole or not at all; returns where.
 
     Raises UserError as `below` does, and where one label stands for two things.
     """
-    from .report import files
-    from .report.html import page
+    from .report.html import TITLE, Part
 
     _check(rows, against)
+    return write_parts(runs, [Part("", rows, _printed(rows, printed))], file, TITLE, against)
+
+
+def write_parts(
+    runs: Path, parts: Sequence[Part], file: Path, title: str, against: str | None = None, printed_names: bool = False
+) -> Path:
+    """Write the HTML page of several parts, each with grids and tests of its own. printed_names: the paper's names."""
+    from .report import files
+    from .report.html import page_of
+
     store = Store(runs)
     try:
-        text = page(rows, store=store, cache_folder=cache_folder(), title=title, against=against,
-                    printed_names=printed_names, below=[*_printed(rows, printed), *below])  # fmt: skip
+        text = page_of(parts, store=store, cache_folder=cache_folder(), title=title, against=against,
+                       printed_names=printed_names)  # fmt: skip
     finally:
         store.close()
     return files.write(file, text.encode())
 
 
-__all__ = ["below", "write_page"]
+__all__ = ["below", "write_page", "write_parts"]

@@ -21,6 +21,12 @@ DefenseSeeds = Annotated[str, typer.Option(help="Defense seeds.")]
 Preset = Annotated[str, typer.Option(help="What is done: paper, authors or clean.")]
 Budget = Annotated[str | None, typer.Option(help="How much: full, mid or quick; the data set names the default.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME.PARAM=VALUE", help="One parameter; repeatable.")]
+Retune = Annotated[
+    int, typer.Option(metavar="N", help="Also teach each repaired model N (10-50) triggered images, and judge it.")
+]
+CleanModel = Annotated[
+    bool, typer.Option("--clean-model", help="Also run every defense on a clean model (the attack none).")
+]
 Device = Annotated[
     str,
     typer.Option("--device", "--devices", help="auto, cpu, cuda, cuda:N; several GPUs, a worker each: cuda:0,cuda:1."),

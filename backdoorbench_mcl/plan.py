@@ -402,12 +402,12 @@ class Builder:
             what = f"{defense.label} on {case.name}{self.at(case)}"
             if self.request.retune and not is_control(attack):
                 extras["retuned"] = self.retuned(repaired, facing, what, seed, case)
-            if self.request.embed:
+            if self.request.embed and not is_control(attack):
                 extras["embed"] = self.embed(repaired, facing, what, seed)
             inputs = self.plan.nodes[repaired].inputs
             triggers = [inputs[NEED + name] for name, need in defense.needs.items() if need["kind"] == "trigger"]
         elif defense is None:
-            if self.request.embed:
+            if self.request.embed and not is_control(attack):
                 extras["embed"] = self.embed(facing.victim, facing, f"{attack.label} {seed}", seed)
             clean = next((other for other in self.request.attacks if is_control(other)), None)
             if self.request.retune and clean is not None and not is_control(attack):

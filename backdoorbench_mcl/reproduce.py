@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +29,8 @@ ALL = "all"
 class Reproduced:
     """One target: its rows, what to print, the printed numbers, the figures that were written, what could not be drawn.
 
-    The last target has the claims of all of them among its sheets, and in `closing` where it is not the only one.
+    sheets: its tables beyond the grids and their statistics. The last target has the claims of all of them in `judged`,
+    and where it is not the only one as text in `closing`.
     """
 
     suite: Suite
@@ -38,6 +39,7 @@ class Reproduced:
     sheets: tuple[Sheet, ...]
     files: tuple[Path, ...]
     problems: tuple[str, ...] = ()
+    judged: tuple[Sheet, ...] = ()
     closing: str = ""
 
 
@@ -57,7 +59,8 @@ def _parts(name: str) -> tuple[str, ...]:
 def planned(
     name: str, base: Options, announce: Callable[[str], None] = lambda line: None
 ) -> list[tuple[Suite, Options]]:  # fmt: skip
-    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names.
+    """Targets and the options of their runs. base: everything but attacks and defenses, which a target names; an attack
+    of the base (the control `none`) comes after those of each target that repairs anything.
 
     A `--set` line of the base beats one of the target. Where there are several targets it holds for those that have a
     method of its name; the others are announced, as are the targets that `all` leaves out on a data set.
@@ -80,7 +83,7 @@ def planned(
     found = [suite(each, dataset, budget) for each in names if each not in left_out]
     bare = [
         replace(
-            base, attacks=one.attacks, defenses=one.defenses, model=base.model or one.model, budget=budget,
+            base, attacks=_attacks(one, base), defenses=one.defenses, model=base.model or one.model, budget=budget,
             overrides=one.set, sweeps=one.sweep, embed=one.kind == "tsne",
         )
         for one in found
@@ -90,6 +93,10 @@ def planned(
         lines = _shared_out(base.overrides, found, bare, known, announce)
     return [(one, replace(options, overrides=(*one.set, *own)))
             for one, options, own in zip(found, bare, lines, strict=True)]  # fmt: skip
+
+
+def _attacks(one: Suite, base: Options) -> str:
+    return f"{one.attacks},{base.attacks}" if base.attacks and one.defenses != NOTHING else one.attacks
 
 
 def _shared_out(
@@ -154,7 +161,7 @@ def reproduce(
 ) -> Iterator[Reproduced]:  # fmt: skip
     """Run what is missing of each target and say what came of it, one after the other.
 
-    base: as for `planned`, with attacks and defenses "" and model "" for the targets' own. Figures go to `figures/` in
+    base: as for `planned`, with defenses "" and model "" for the targets' own. Figures go to `figures/` in
     the runs folder. Raises UserError as `runner.run_matrix` does.
     Example: `for found in reproduce("table1", Options("", "", "shapes", ""), Settings()): print(found.text)`
     """
@@ -175,13 +182,33 @@ def reproduce(
             within = sheets if len(runs) > 1 else (*sheets, *judged)
             text = _text(found, options, settings, rows, fmt, within, color)
         if printing and judged and len(runs) > 1:
-            closing = _titled(", ".join(one.name for one, _ in runs), fmt, _alone(judged, fmt))
-        yield Reproduced(found, tuple(rows), text, (*sheets, *judged), files, problems, closing)
+            closing = _titled(_named(one for one, _ in runs), fmt, _alone(judged, fmt))
+        yield Reproduced(found, tuple(rows), text, sheets, files, problems, judged, closing)
+
+
+def write_page(name: str, found: Sequence[Reproduced], runs: Path) -> Path:
+    """The HTML page of what `reproduce` found: each target for itself, then the claims of all. Returns where it is."""
+    from . import documents
+    from .report.html import Part
+
+    parts = [Part(one.suite.title, one.rows, one.sheets, features=one.suite.kind == "tsne") for one in found]
+    judged = found[-1].judged
+    if len(parts) == 1:
+        parts = [replace(parts[0], below=(*parts[0].below, *judged))]
+    elif judged:
+        parts.append(Part(f"{_named(one.suite for one in found)}: claims", (), judged))
+    return documents.write_parts(
+        runs, parts, runs / f"reproduce-{stem(name)}.html", f"bbmcl reproduce {name}", printed_names=True
+    )
 
 
 def stem(name: str) -> str:
     """Targets as a part of a file name."""
     return "-".join(targets(name)) if name != ALL else ALL
+
+
+def _named(suites: Iterable[Suite]) -> str:
+    return ", ".join(one.name for one in suites)
 
 
 def _printed(found: Suite, rows: Sequence[Row]) -> tuple[Sheet, ...]:
@@ -277,7 +304,10 @@ def _tsne(
     store = Store(settings.runs)
     try:
         evidence = Evidence(store)
-        shown = [(row, evidence.embedding(row)) for row in rows if row.state == "ok"]
+        drawn = (
+            row for row in rows if row.state == "ok" and row.asr is not None
+        )  # a clean model has no triggered images
+        shown = [(row, evidence.embedding(row)) for row in drawn]
     finally:
         store.close()
     problems = tuple(
@@ -289,4 +319,4 @@ def _tsne(
     return tuple(figures.save(figures.tsne(panels, found.title), stem)), problems
 
 
-__all__ = ["ALL", "Reproduced", "planned", "reproduce", "stem", "targets"]
+__all__ = ["ALL", "Reproduced", "planned", "reproduce", "stem", "targets", "write_page"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -85,6 +86,14 @@ def test_curves_mark_erased_classes_and_name_every_line() -> None:
     assert len(crosses) == 6  # three rates, of ASR and of BA
 
 
+def test_a_clean_model_has_a_panel_of_ba_and_none_of_asr() -> None:
+    clean = [make("none", "ft", None, 80.0, clean_rate=rate, asr_before=None) for rate in (0.01, 0.05, 0.2)]
+    made = figures.curves([*sweep(), *clean], "t")
+    assert made is not None
+    assert [axis.axison for axis in made.axes] == [True, False, True, True]
+    assert [text.get_text() for text in made.axes[1].texts] == ["no ASR"]
+
+
 def sweep_of(defense: str, **more: Any) -> list[Row]:
     return [make("badnets", defense, 9.0, 70.0, clean_rate=rate, **more) for rate in (0.01, 0.05, 0.2)]
 
@@ -139,6 +148,11 @@ def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     made = figures.scatter(rows, "t")
     assert made is not None
     assert made.get_suptitle().replace("\n", " ") == "t; dashed: Pareto front, cells at the floor of ASR tie"
+    assert entries(made)[-1] == "ring: ASR at its floor"
+    rings = [dots for dots in made.axes[0].collections if dots.get_label() == "floor"]
+    places = np.concatenate([np.asarray(ring.get_offsets()) for ring in rings])
+    assert sorted(places[:, 0]) == pytest.approx([0.5, 1.0, 1.5], abs=0.01)
+    assert all(len(ring.get_facecolor()) == 0 for ring in rings)
     (drawn,) = made.axes[0].lines
     assert np.allclose(np.asarray(drawn.get_xdata(), float), [1.5, 40.0])
 
@@ -151,6 +165,21 @@ def test_a_cell_at_its_floor_is_off_the_front_for_its_ba_alone() -> None:
     assert [dot.label for dot in figures.best(line_of(rows))] == ["nad"]  # it ties with nc, which ties with mcldef
     lower = [Row.from_dict({**row.as_dict(), "ba": 79.0}) if row.defense == "nc" else row for row in rows]
     assert [dot.label for dot in figures.best(line_of(lower))] == ["mcldef", "nad"]
+
+
+@pytest.mark.parametrize("cost", [False, True])
+def test_a_ring_is_larger_than_its_dot_and_an_erased_cell_has_none(cost: bool) -> None:
+    rows = [make("sig", "ft", 1.0, 80.0), make("sig", "nad", 40.0, 81.0), make("sig", "nc", 0.0, 70.0, tca=0.1)]
+    made = figures.scatter(rows, "t", cost)
+    assert made is not None
+    every: list[Any] = list(made.axes[0].collections)
+    (ring,) = (marks for marks in every if marks.get_label() == "floor")
+    (dot,) = (marks for marks in every if marks is not ring and np.allclose(marks.get_offsets(), ring.get_offsets()))
+    assert ring.get_sizes()[0] > 2 * dot.get_sizes()[0]
+    assert entries(made)[-2:] == ["hollow: target class erased", "ring: ASR at its floor"]
+    without = figures.scatter([make("sig", "ft", 9.0, 80.0)], "t", cost)
+    assert without is not None
+    assert entries(without) == ["ft"]
 
 
 @pytest.mark.parametrize("cost", [False, True])
@@ -232,6 +261,11 @@ def test_panels_of_features_name_their_seeds() -> None:
     assert made.axes[0].get_title() == "sig / ft\nvictim seed 3, defense seed 1\nprobe 3 %"
 
 
+def test_a_panel_of_a_model_without_its_target_class_says_so() -> None:
+    made = figures.tsne([replace(panel("victim seed 3"), mark="target class erased")], "t")
+    assert made.axes[0].get_title() == "sig / ft\nvictim seed 3\ntarget class erased\nprobe 3 %"
+
+
 def test_a_plot_without_room_is_left_out_and_said() -> None:
     (block,) = grid.build([make("sig", "ft", 9.0, 81.0)])
     page = plots.Plots(1000)
@@ -244,7 +278,8 @@ def test_an_embedding_of_a_store_names_both_seeds(tmp_path: Path, monkeypatch: p
     save_file({"xy": np.zeros((1, 2), np.float32), "y": np.zeros(1, np.int32)}, tmp_path / "embedding.safetensors")
     (tmp_path / "meta.json").write_text("{}")
     monkeypatch.setattr(Features, "folder", lambda self, row, kind: tmp_path)
-    told = [Evidence.embedding(Features(), make("sig", defense, victim=3, draw=1)) for defense in ("before", "ft")]
-    assert [found and (found.title, found.seeds) for found in told] == [
-        ("sig", "victim seed 3"), ("sig / ft", "victim seed 3, defense seed 1"),
+    rows = [make("sig", defense, victim=3, draw=1, tca=tca) for defense, tca in (("before", 70.0), ("ft", 0.1))]
+    told = [Evidence.embedding(Features(), row) for row in rows]
+    assert [found and (found.title, found.seeds, found.mark) for found in told] == [
+        ("sig", "victim seed 3", ""), ("sig / ft", "victim seed 3, defense seed 1", "target class erased"),
     ]  # fmt: skip

@@ -99,8 +99,8 @@ class Bench:
         before = self.stage("p" + name, "predict", {"weights": train, "trial": trial}, {}, predictions=said)
         row = Row(
             "row" + name, "noise", "net", labels.pop("attack", "badnets"), "before", labels.pop("victim_seed", 0), None,
-            None, "ok", asr_before=99.5, ba_before=90.0, stages={"model": train, "before": before, "predict": before},
-            **labels,
+            None, "ok", asr_before=99.5, ba_before=90.0, ftr_before=1.1,
+            stages={"model": train, "before": before, "predict": before}, **labels,
         )  # fmt: skip
         self.rows.append(row)
         return row
@@ -288,7 +288,7 @@ def test_what_is_written_beside_the_pictures(bench: Bench, told: Told) -> None:
     bench.draw()
     assert list(told.heading) == [
         "badnets(target=1) on noise, net, victim seed 0",
-        "preset paper, budget full; undefended: ASR 99.50 %, BA 90.00 %",
+        "preset paper, budget full; undefended: ASR 99.50 % (FTR 1.10 %), BA 90.00 %",
     ]
     assert list(told.columns) == [
         "clean", "triggered", "difference x4 (grey: none)", "trigger found by nc-box", "mask x pattern",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -23,7 +24,8 @@ from shelves import Shelves, shelved
 from backdoorbench_mcl import documents, runner
 from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
 from backdoorbench_mcl.report.drill import Drill
-from backdoorbench_mcl.report.html import page
+from backdoorbench_mcl.report.html import Part, page, page_of
+from backdoorbench_mcl.report.records import embedded
 from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.rows import Row
 from backdoorbench_mcl.store import Stage, Store
@@ -58,6 +60,17 @@ class Parsed(HTMLParser):
         found: dict[str, Any] = json.loads(self.scripts["data"])
         return found
 
+    @property
+    def buttons(self) -> list[int]:
+        """The cells that buttons open."""
+        return [int(a["data-cell"] or "") for tag, a in self.tags if tag == "button" and "data-cell" in a]
+
+
+def told(data: dict[str, Any], run: int) -> dict[str, str]:
+    """The table of a run."""
+    words = [data["words"][place] for place in data["runs"][run]["told"]]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
 
 def example() -> list[Row]:
     return [
@@ -76,11 +89,26 @@ def test_the_page_holds_the_grid_and_every_run() -> None:
         ("sig", "ft", "failed")
     ) == 1
     assert len(runs) == 7
-    buttons = [json.loads(a["data-runs"] or "") for tag, a in found.tags if tag == "button" and "data-runs" in a]
-    assert sorted({number for numbers in buttons for number in numbers}) == list(range(7))
-    assert 2 in map(len, buttons)  # two draws behind one cell
-    assert "ASR" in dict(runs[0]["told"])
-    assert "8910 of 9000" in dict(runs[0]["told"])["ASR"]
+    cells = found.data["cells"]
+    assert sorted(set(found.buttons)) == list(range(len(cells)))
+    assert sorted(number for numbers, more in cells for number in numbers) == list(range(7))
+    assert sorted(len(numbers) for numbers, more in cells) == [1, 1, 1, 1, 1, 2]  # two draws behind one cell
+    assert not any(more for _, more in cells)
+    assert "8910 of 9000" in told(found.data, 0)["ASR"]
+
+
+def test_an_erased_cell_has_no_colour_of_a_good_one_and_its_runs_say_what_they_are() -> None:
+    rows = [make("sig", "before", 99.5, 84.0), make("sig", "ft", 0.0, 70.0, tca=0.1), make("sig", "nad", 1.0, 81.0),
+            make("sig", "nc", 9.0, 80.0)]  # fmt: skip
+    found = Parsed(page(rows))
+    heat = [a for tag, a in found.tags if tag == "td" and "heat" in (a.get("class") or "")]
+    assert [a["class"] for a in heat[2::2]] == ["heat  none", "heat best", "heat second"]
+    assert [a["style"] for a in heat[2::2]] == [
+        "background: none", "background: rgb(222,234,246)", "background: rgb(225,230,234)",
+    ]  # fmt: skip
+    floor, erased = "ASR at its floor", "target class erased"
+    marks = [{floor, erased} & told(found.data, run).keys() for run in range(4)]
+    assert marks == [set(), {floor, erased}, {floor}, set()]
 
 
 def test_nothing_from_outside_is_markup_or_script() -> None:
@@ -123,6 +151,64 @@ def test_a_thousand_cells_make_a_small_page() -> None:
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
 
+def nested(attacks: int, defenses: int) -> list[Row]:
+    """A matrix of five victims an attack; no two runs have the same numbers or stages."""
+    rng, out = random.Random(0), []
+    for a, victim in itertools.product(range(attacks), range(5)):
+        own: dict[str, Any] = {"victim": victim, "target": 0}
+        model = {"model": f"model {a} {victim}", "predict": f"predict {a} {victim}"}
+        out.append(make(f"attack{a}", "before", rng.uniform(98, 100), rng.uniform(82, 84), **own, stages=model))
+        for d in range(defenses):
+            stages = {**model, **{name: f"{name} {a} {victim} {d}" for name in ("invert", "defend", "predict")}}
+            found = make(f"attack{a}", f"defense{d}", rng.uniform(2, 60), rng.uniform(70, 82), **own, stages=stages,
+                         inverter="nc-box", clean_n=2500, inverter_success=rng.uniform(90, 99),
+                         inverter_l1=rng.uniform(3, 9), peak_mb=9e3 * rng.random())  # fmt: skip
+            out.append(replace(found, seconds=99 * rng.random(), seconds_shared=999 * rng.random()))
+    return out
+
+
+@pytest.mark.slow  # the statistics of a thousand cells
+def test_a_thousand_cells_of_five_victims_make_a_small_page(tmp_path: Path) -> None:
+    rows = nested(25, 40)
+    assert len(rows) == 5125
+    text = page(rows, store=Shelves(tmp_path, {"model": 2, "invert": 2, "defend": 2}, 20))
+    assert len(text.encode()) < 5_000_000
+    data = Parsed(text).data
+    assert len(data["cells"]) == 1025
+    assert {len(numbers) + more for numbers, more in data["cells"]} == {5}
+    assert min(len(numbers) for numbers, _ in data["cells"]) >= 2
+    missing = len(rows) - len(data["runs"])
+    assert missing == sum(more for _, more in data["cells"]) > 0
+    assert re.search(f"left out of its cells: {missing} runs, .*[.] --format json has all runs[.]", text)
+
+
+def test_a_cell_has_its_first_runs_where_there_is_no_room_for_all() -> None:
+    drill = Drill(None, None)
+    for name in "abcd":
+        drill.cell([make(name, "ft", 5.0 + victim, 80.0, victim=victim, reason="<" * 400) for victim in range(5)])
+    everything = drill.data()[0]
+    assert everything["cells"] == [[[4 * turn + cell for turn in range(5)], 0] for cell in range(4)]
+    small = Drill(None, None)
+    for name in "abcd":
+        small.cell([make(name, "ft", 5.0 + victim, 80.0, victim=victim, reason="<" * 400) for victim in range(5)])
+    data, (line,) = small.data(30_000)
+    shown = [len(numbers) for numbers, _ in data["cells"]]
+    assert shown == sorted(shown, reverse=True) and shown[0] - shown[-1] <= 1 <= shown[-1] < 5
+    assert [[data["runs"][number]["row"]["victim_seed"] for number in numbers] for numbers, _ in data["cells"]] == [
+        list(range(count)) for count in shown
+    ]
+    assert [more for _, more in data["cells"]] == [5 - count for count in shown]
+    assert 27_000 < len(embedded(data)) < 33_000
+    assert line == (f"To keep the page small, these were left out of its cells: {20 - sum(shown)} runs. --format json "
+                    "has all runs.")  # fmt: skip
+
+
+def test_a_run_of_several_parts_is_held_once() -> None:
+    shared = [make("sig", "before", 99.0, 83.0), make("sig", "ft", 9.0, 81.0)]
+    found = Parsed(page_of([Part("one", shared), Part("two", [*shared, make("sig", "nad", 8.0)])])).data
+    assert found["cells"] == [[[0], 0], [[1], 0], [[0], 0], [[1], 0], [[2], 0]]
+
+
 @pytest.mark.parametrize("repairs, points", [(1, 20), pytest.param(8, 200, marks=pytest.mark.slow)])
 def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
     tmp_path: Path, repairs: int, points: int
@@ -135,6 +221,7 @@ def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
     failed = next(run for run in data["runs"] if run["row"]["state"] == "failed")
     assert len(run["curves"]) == 4 + repairs
     assert all(data["curves"][place] for place in run["curves"])
+    assert not any(more for _, more in data["cells"])
     assert sum(count for _, count in data["confusions"][run["confusion"]]["fired"]) == 9000
     assert "xxx" in data["logs"][failed["log"]]
     assert run["pictures"] and re.search(r"left out of its cells: \d+ pictures", text)
@@ -155,20 +242,22 @@ def test_a_curve_is_held_once_and_in_four_digits(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
     store = Shelves(tmp_path, {"model": 1, "invert": 8, "defend": 8}, 100)
-    drill = Drill(store, None, 50_000)
+    drill = Drill(store, None)
     for row in shelved(10, 10):
-        drill.place(row)
-    data, lines = drill.data()
-    assert (
-        len(json.dumps({name: data[name] for name in ("curves", "confusions", "logs")}, separators=(",", ":"))) < 50_000
-    )
+        drill.cell([row])
+    data, lines = drill.data(130_000)
+    assert 120_000 < len(embedded(data)) < 130_000
+    assert len(data["runs"]) == 110
     left, thinned = lines
-    places = {place for run in data["runs"] for place in run["curves"]}
-    dropped = sum(place >= len(data["curves"]) for place in places)
     assert thinned == "To keep the page small, curves are thinned to at most 12 points each."
+    repaired = [run for run in data["runs"] if run["row"]["state"] == "ok" and run["row"]["defense"] != "before"]
+    dropped = 10 + 16 * len(repaired) - len(data["curves"])
     confusions = sum(run["confusion"] is None for run in data["runs"] if run["row"]["state"] == "ok")
     assert dropped > 0 and confusions > 0
-    assert left.endswith(f": 93 pictures, {dropped} curves, {confusions} tables of predicted classes, 2 logs.")
+    pictures = len(repaired) - len(data["images"])
+    assert re.search(
+        f": {pictures} pictures, {dropped} curves, {confusions} tables of predicted classes, \\d logs\\.$", left
+    )
 
 
 def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
@@ -178,7 +267,7 @@ def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
             return Stage(key, "", {}, "", {"curves": {"odd": points, "no list": 3, "one point": [[0, 1]]}})
 
     drill = Drill(Odd(tmp_path, {}, 0), None)
-    drill.place(shelved(1, 0)[0])
+    drill.cell(shelved(1, 0))
     assert drill.data()[0]["curves"] == [["Training of the victim: odd", [0, 1, 5, 2, 6, 1e200]]]
 
 
@@ -215,10 +304,11 @@ def test_a_finished_matrix_shows_its_triggers_curves_and_confusion(
     file = documents.write_page(reference.runs, rows, tmp_path / "new" / "report.html", against="mcldef")
     found = Parsed(file.read_text())
     run = next(r for r in found.data["runs"] if (r["row"]["attack"], r["row"]["defense"]) == ("badnets", "mcldef"))
-    assert [title.partition(":")[0] for title, _ in run["pictures"]] == [
+    pictures = [found.data["images"][place] for place in run["pictures"]]
+    assert [title.partition(":")[0] for title, _ in pictures] == [
         "clean", "true trigger", "difference x4", "inverted by nc-box(steps=20)",
     ]  # fmt: skip
-    assert all(found.data["images"][i].startswith("data:image/png;base64,") for _, i in run["pictures"])
+    assert all(address.startswith("data:image/png;base64,") for _, address in pictures)
     curves = dict(found.data["curves"][place] for place in run["curves"])
     assert list(curves) == [
         "Training of the victim: loss", "Inversion: mask L1", "Inversion: success in %", "Repair: loss",
@@ -246,7 +336,7 @@ def test_a_victim_that_another_run_made_is_told_apart(reference: Reference) -> N
 
     drill = Drill(Elsewhere(reference.runs, readonly=True), None)
     row = next(row for row in reference.rows if row.defense == "ft")
-    drill.place(row)
+    drill.cell([row])
     (made,) = drill.data()[0]["provenance"]
     assert made["victim"]["machine"] == "far"
     assert made["victim"]["origin"] == made["origin"]

@@ -226,7 +226,10 @@ def test_what_is_left_of_an_attack_without_its_perturbation_is_told_where_it_is_
     assert "Control of cl (eps=0.0): not in this table." in render([*rows, *others], "markdown")
     bare = make("cl(eps=0)", "before", 12.5, asr_before=12.5, params={"attack": control})
     text = render([*rows, *others, bare], "markdown")
-    assert "Control of cl (eps=0.0): ASR 12.50 before defense." in text
+    assert "Control of cl (eps=0.0): ASR 12.50 (FTR –) before defense." in text
+    known = replace(bare, ftr_before=1.25)
+    told = "Control of cl (eps=0.0): ASR 12.50 (FTR 1.25) before defense."
+    assert told in render([*rows, *others, known], "markdown")
     assert text.count("Control of") == 1
     stranger = make("cl(eps=0)", "before", 12.5, victim=3, asr_before=12.5, params={"attack": control})
     recipe = {"attack": control, "train": {"epochs": 1}}

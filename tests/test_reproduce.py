@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,39 @@ def test_targets_are_checked_before_anything_is_run() -> None:
         reproduce.targets("table2,tabel1")
     with pytest.raises(UserError, match="expected all or some of"):
         reproduce.targets("")
+
+
+def test_a_clean_model_and_re_tuning_are_passed_on_to_the_runs(toy: Toy) -> None:
+    base = replace(toy(), attacks="none", retune=12)
+    found = {one.name: small.build(options) for one, options in reproduce.planned("table1,fig3,fig5", base)}
+    kinds = {name: Counter(node.kind for node in built.nodes.values()) for name, built in found.items()}
+    defenses = {name: {cell.row.defense for cell in built.cells if cell.row.attack == "none"} for name, built in
+                found.items()}  # fmt: skip
+    assert defenses == {
+        "table1": {"before", "ft", "nad", "ibau", "nc", "mcldef"}, "fig3": {"before", "nad", "nc", "mcldef"},
+        "fig5": set(),
+    }  # fmt: skip
+    assert kinds["table1"]["retune"] == 5 * 6  # of each attack the repaired models, and the clean one
+    plain = small.build(reproduce.planned("fig3", toy())[0][1])
+    embedded = [node for node in plain.nodes.values() if node.kind == "embed"]
+    assert kinds["fig3"]["embed"] == len(embedded) == 8  # none of a model without a trigger
+
+
+def test_the_command_has_both_flags(bbmcl: Bbmcl) -> None:
+    plain = bbmcl("reproduce", "fig3", *TOY, "--dry-run")
+    both = bbmcl("reproduce", "fig3", *TOY, "--set", "none.target=1", "--clean-model", "--retune", "12", "--dry-run")
+    assert both.returncode == 0, both.stderr
+    lines = re.compile(r"^ +([a-z]+) +(\d+) to compute", re.MULTILINE)
+    counts = [{kind: int(count) for kind, count in lines.findall(done.stdout)} for done in (plain, both)]
+    assert "retune" not in counts[0]
+    assert counts[1]["retune"] == 8
+    assert (counts[1]["train"], counts[1]["defend"]) == (counts[0]["train"] + 1, counts[0]["defend"] + 3)
+
+
+def test_a_clean_model_is_not_missed_among_pictures_of_features(tmp_path: Path) -> None:
+    found = [make("badnets", "ft", 3.0), make("none", "ft", None, 82.0, asr_before=None)]
+    (made,) = reproduced(tmp_path, {"fig3": found})
+    assert made.problems == ("badnets / ft: its embedding is not stored", "fig3: no model to draw")
 
 
 Toy = Callable[..., Options]
@@ -236,8 +271,8 @@ def test_a_figure_that_cannot_be_drawn_stops_no_other_target(tmp_path: Path) -> 
 
 
 def claims_of(found: Reproduced) -> list[str]:
-    """The claims among the sheets of a target."""
-    return [line[0] for sheet in found.sheets if sheet.title.startswith("Claims: ") for line in sheet.body]
+    """The claims that stand with a target."""
+    return [line[0] for sheet in found.judged for line in sheet.body]
 
 
 @pytest.mark.parametrize("fmt, heading", [
@@ -261,6 +296,31 @@ def test_the_command_shows_the_claims_once(tmp_path: Path, fmt: str) -> None:
     assert done.exit_code == 0, done.output
     text = done.stdout if fmt == "table" else (tmp_path / "reproduce-fig4-fig9.html").read_text()
     assert text.count("Claims") == 1
+
+
+def headings(page: str) -> list[str]:
+    """The headings of a page, and the best BA of each grid's lines below the grid's own."""
+    found = re.findall(r"<h[234][^>]*>([^<]*)<|class=\"heat best\"[^>]*><button[^>]*>([^<]*)<", page)
+    return [heading.partition(":")[0].split(",")[0] or f"best {value}" for heading, value in found]
+
+
+def test_a_page_of_several_targets_has_each_for_itself(tmp_path: Path) -> None:
+    told: dict[str, Any] = {"knows": ("target",)}
+    shared = [make("badnets", "before", 99.0, 83.0), make("badnets", "mcldef", 3.0, 80.0, **told)]
+    one = [*shared, make("badnets", "nad", 30.0, 81.0)]
+    two = [*shared, make("badnets", "mcldef(inverter=mesa)", 20.0, 82.0, knows=("location", "target"))]
+    runs = ("--runs", str(tmp_path), "--budget", "full", "--precision", "fp32", "--format", "html")
+    with computed({"table1": one, "table2": two}):
+        done = CliRunner().invoke(cli.app, ["reproduce", "table1,table2", *runs])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "reproduce-table1-table2.html").read_text()
+    assert headings(page) == [
+        "Table 1", "cifar10", "best 3.00", "best 81.00", "Every cell", "MCLDef† less each other defense",
+        "Beside the printed Table 1", "Table 2", "cifar10", "best 3.00", "best 82.00", "Every cell",
+        "MCLDef† less each other defense", "Beside the printed Table 2", "table1", "Claims",
+    ]  # fmt: skip
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert [run["row"]["defense"] for run in data["runs"]] == ["before", "mcldef", "nad", "mcldef(inverter=mesa)"]
 
 
 def test_the_claims_of_a_single_target_stand_with_it(tmp_path: Path) -> None:

@@ -54,11 +54,50 @@ def temperatures() -> list[Row]:
     return [make("blend", "before", 99.0, 84.0), *taus]
 
 
+def victims(*attacks: str) -> list[Row]:
+    """Rows of a target that only trains victims: `sig` is a weak attack."""
+    gates = {"sig": "flagged"}
+    return [make(attack, "before", 99.0 - 10 * (attack in gates), 83.0, gate=gates.get(attack, "ok"))
+            for attack in attacks]  # fmt: skip
+
+
+def repaired() -> list[Row]:
+    """Rows of Figure 3: `nad` deletes the target class of one attack, `mcldef` comes down to the floor of the other."""
+    out = victims("badnets", "cl")
+    for i, attack in enumerate(("badnets", "cl")):
+        out += [
+            make(attack, "nad", 0.5, 74.0, ftr=0.6, tca=0.2) if i else make(attack, "nad", 6.0, 81.5),
+            make(attack, "nc", 4.0 + i, 80.5, knows=("target",)),
+            make(attack, "mcldef", 2.0 + 2 * i, 81.0, knows=("target",)),
+        ]  # fmt: skip
+    return out
+
+
+def rates(*attacks: str) -> list[Row]:
+    """Rows of Figures 4 and 9: three shares of clean data, `mcldef+` and its control too."""
+    out = victims(*attacks)
+    told = {"ft": (), "mcldef": ("target",), "mcldef+": ("target",), "mcldef+(stage=contrast)": ("target",)}
+    for i, attack in enumerate(attacks):
+        for rate in (0.01, 0.05, 0.2):
+            for j, (defense, knows) in enumerate(told.items()):
+                if (attack, defense, rate) == ("trojan", "ft", 0.01):
+                    out.append(make(attack, defense, state="diverged", reason="loss is NaN", clean_rate=rate))
+                    continue
+                asr, ba = 26.0 - 7 * j - 20 * rate + i, 78.0 + j + 10 * rate
+                out.append(make(attack, defense, asr, ba, clean_rate=rate, knows=knows))
+    return out
+
+
 TEXTS: list[tuple[str, str, Sequence[Row], Sequence[Row]]] = [
     ("table1", "table", table("table1", 2), ()),
     ("table1", "markdown", table("table1"), ()),
     ("table4", "table", table("table4", shift=40.0), table("table1")),  # C5 needs both
     ("table5", "latex", table("table5"), ()),
+    ("fig1", "table", victims("badnets", "cl", "sig"), ()),
+    ("fig3", "markdown", repaired(), ()),
+    ("fig4", "table", rates("badnets"), ()),
+    ("fig5", "latex", victims("badnets", "sig"), ()),
+    ("fig9", "markdown", rates("trojan", "blend"), ()),
     ("fig10", "table", temperatures(), ()),
     ("fig10", "markdown", temperatures(), ()),
 ]

@@ -1,8 +1,8 @@
 """What is behind each run of an HTML report, as JSON: pictures, curves, confusion, parameters, provenance, failure log.
 
-Everything a stage may have written is checked here, since a method may have written it. What runs share (parameters,
-provenance, pictures, curves, logs) is held once, and what grows with methods and data sets has a budget of bytes, so
-that a thousand cells fit into a page. What did not fit is said.
+Everything a stage may have written is checked here, since a method may have written it. What runs share (words,
+parameters, provenance, pictures, curves, logs) is held once, and everything has a budget of bytes, so that a thousand
+cells fit into a page, however many runs they have and whatever these recorded. What did not fit is said.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ..errors import UserError
+from ..evaluate import marks
 from ..rows import Row
 from ..store import Store
 from ..text import one_line
 from . import gallery, statistics
 from .evidence import Evidence
-from .records import finite
+from .records import embedded, finite
 
-ROOM = 4_000_000  # bytes of everything here that has a budget, by default
-SHARES = {"pictures": 0.4, "curves": 0.36, "confusion": 0.14, "logs": 0.1}  # of the room
+ROOM = 4_000_000  # bytes of everything here, by default
+RUNS = 0.6  # of the room: what each run has in words and numbers, where there is a store for more
+REFERENCES = 120  # bytes by which a run names its pictures, curves, table and log
+SHARES = {"pictures": 0.4, "curves": 0.36, "confusion": 0.14, "logs": 0.1}  # of what the runs leave
 SIDE = 96  # pixels: larger pictures are shrunk to it
 SOUGHT = 2  # test images of two classes: at least one of them is not the target and counts
 Draw = Callable[[Row], list[tuple[str, "gallery.Pixels"]]]
@@ -56,7 +59,7 @@ class Shelf:
     def put(self, key: str, value: Any) -> int | None:
         """The place of a value, None where it does not fit."""
         if key not in self._places:
-            size = len(json.dumps(value, separators=(",", ":")))
+            size = len(embedded(value)) + 1
             fits = size <= self.room
             self._places[key] = len(self.values) if fits else None
             if fits:
@@ -68,65 +71,79 @@ class Shelf:
 
 
 class Drill:
-    """Collects what a page holds of its runs. store: None where rows come without a runs folder; room: bytes of
-    pictures, curves, confusion and logs.
+    """Collects what a page holds of the runs of its cells. store: None where rows come without a runs folder; cache:
+    where prepared data sets lie.
     """
 
-    def __init__(self, store: Store | None, cache: Path | None, room: float = ROOM) -> None:
-        self.store = store
-        self.evidence = None if store is None else Evidence(store)
-        self.cache = cache
-        self.runs: list[dict[str, Any]] = []
-        self.images, self.confusions, self.logs = (Shelf(SHARES[n] * room) for n in ("pictures", "confusion", "logs"))
-        self._curve_room = SHARES["curves"] * room
-        self._curves: list[Curve] = []
-        self._recorded: dict[str, list[int]] = {}  # by stage key: places of curves
-        self._known: dict[str, dict[str, int]] = {"params": {}, "provenance": {}}
-        self._drawn: dict[str, list[tuple[str, int]]] = {}  # by stage key: the pictures of a victim or an inversion
+    def __init__(self, store: Store | None, cache: Path | None) -> None:
+        self.store, self.cache = store, cache
+        self._cells: list[Sequence[Row]] = []
+        self._rows: list[Row] = []
+        self._runs: list[dict[str, Any]] = []
+        self._known: dict[str, dict[str, int]] = {"words": {}, "params": {}, "provenance": {}}
         self._places: dict[str, int] = {}
+        self._size = 0  # bytes of all that
 
-    def place(self, row: Row) -> int:
-        """The number of a run in the page's data; an undefended victim of several tables is held once."""
-        name = row.key or f"{row.dataset} {row.attack} {row.victim_seed} {len(self.runs)}"  # read off a defended row
-        if name not in self._places:
-            self._places[name] = len(self.runs)
-            self.runs.append(self._run(row))
-        return self._places[name]
+    def cell(self, runs: Sequence[Row]) -> int:
+        """The number of a cell in the page's data."""
+        self._cells.append(runs)
+        self._size += len("[[],0],")
+        return len(self._cells) - 1
 
-    def data(self, spare: float = 0) -> tuple[dict[str, Any], list[str]]:
-        """The page's data, free of what JSON does not have, and lines on what was left out of it. spare: bytes that
-        others did not use; curves, which can be thinned, take what all others leave.
+    def data(self, room: float = ROOM) -> tuple[dict[str, Any], list[str]]:
+        """The page's data in about `room` bytes, free of what JSON does not have, and lines on what was left out of it.
+
+        A cell is the numbers of its runs, and how many more it has.
         """
-        tables = {name: [json.loads(text) for text in self._known[name]] for name in ("params", "provenance")}
-        spare += sum(shelf.room for shelf in (self.images, self.confusions, self.logs))
-        curves, points = _fitting(self._curves, self._curve_room + spare)
-        parts = {"pictures": self.images.left_out, "curves": len(self._curves) - len(curves),
-                 "tables of predicted classes": self.confusions.left_out, "logs": self.logs.left_out}  # fmt: skip
-        missing = ", ".join(f"{count} {name}" for name, count in parts.items() if count)
-        lines = [f"To keep the page small, these were left out of its cells: {missing}."] if missing else []
-        if points < POINTS[0]:
-            lines.append(f"To keep the page small, curves are thinned to at most {points} points each.")
-        found: dict[str, Any] = finite({
-            "runs": self.runs, "images": self.images.values, "curves": curves, "confusions": self.confusions.values,
-            "logs": self.logs.values, **tables,
-        })  # fmt: skip
-        return found, lines
+        cells = self._chosen(room if self.store is None else RUNS * room)
+        behind = Behind(self.store, self.cache, max(0.0, room - self._size))
+        for run, row in zip(self._runs, self._rows, strict=True):
+            run |= behind.of(row)
+        shelves, left_out, lines = behind.data()
+        missing = {_name(row) for runs in self._cells for row in runs} - self._places.keys()
+        counts = [f"{count} {name}" for name, count in {"runs": len(missing), **left_out}.items() if count]
+        if counts:
+            told = f"To keep the page small, these were left out of its cells: {', '.join(counts)}."
+            lines = [f"{told} --format json has all runs." if missing else told, *lines]
+        tables = {name: [json.loads(text) for text in known] for name, known in self._known.items()}
+        return finite({"cells": cells, "runs": self._runs, **shelves, **tables}), lines
+
+    def _chosen(self, room: float) -> list[tuple[list[int], int]]:
+        """The first run of every cell, then the second of each, and so on as long as there is room."""
+        shown: list[list[int]] = [[] for _ in self._cells]
+        for turn in range(max(map(len, self._cells), default=0)):
+            for numbers, runs in zip(shown, self._cells, strict=True):
+                if turn < len(runs) and self._size <= room:
+                    numbers.append(self._place(runs[turn]))
+        return [(numbers, len(runs) - len(numbers)) for numbers, runs in zip(shown, self._cells, strict=True)]
+
+    def _place(self, row: Row) -> int:
+        """The number of a run; one that stands in several tables is held once."""
+        name = _name(row)
+        if name not in self._places:
+            self._places[name] = len(self._runs)
+            self._rows.append(row)
+            self._runs.append(self._run(row))
+            self._size += len(embedded(self._runs[-1])) + REFERENCES
+        self._size += len(str(self._places[name])) + 1
+        return self._places[name]
 
     def _run(self, row: Row) -> dict[str, Any]:
         shown = ("attack", "defense", "victim_seed", "defense_seed", "state", "target")
         params = {**row.params, **({"--set": row.overrides} if row.overrides else {})}
         return {
             "row": {**{name: getattr(row, name) for name in shown}, "reason": one_line(row.reason, 500)},
-            "told": _told(row), "pictures": self._pictures(row),
-            "curves": [place for kind, title in KINDS for place in self._recordings(row, kind, title)],
-            "confusion": self._confusion(row), "log": self._log(row),
+            "told": [self._once("words", word) for line in _told(row) for word in line],
             "params": {name: self._once("params", value) for name, value in params.items()},
             "provenance": self._once("provenance", self._provenance(row)),
         }  # fmt: skip
 
     def _once(self, table: str, value: Any) -> int:
         text = json.dumps(finite(value), sort_keys=True, default=str)
-        return self._known[table].setdefault(text, len(self._known[table]))
+        if text not in self._known[table]:
+            self._known[table][text] = len(self._known[table])
+            self._size += len(embedded(json.loads(text))) + 1
+        return self._known[table][text]
 
     def _provenance(self, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -142,6 +159,44 @@ class Drill:
         stage = self.store.stage(row.stages[kind]) if self.store and kind in row.stages else None
         told = {} if stage is None else stage.numerics
         return {name: told[name] for name in ("machine", "origin") if name in told}
+
+
+class Behind:
+    """What the stages of runs left: pictures, curves, predicted classes, the log of a failure. room: bytes of it."""
+
+    def __init__(self, store: Store | None, cache: Path | None, room: float) -> None:
+        self.store = store
+        self.evidence = None if store is None else Evidence(store)
+        self.cache = cache
+        self.images, self.confusions, self.logs = (Shelf(SHARES[n] * room) for n in ("pictures", "confusion", "logs"))
+        self._curve_room = SHARES["curves"] * room
+        self._curves: list[Curve] = []
+        self._recorded: dict[str, list[int]] = {}  # by stage key: places of curves
+        self._drawn: dict[str, list[int]] = {}  # by stage key: the pictures of a victim or an inversion
+        self._runs: list[dict[str, Any]] = []
+
+    def of(self, row: Row) -> dict[str, Any]:
+        """The places of what is behind a run."""
+        curves = [place for kind, title in KINDS for place in self._recordings(row, kind, title)]
+        found = {"pictures": self._pictures(row), "curves": curves, "confusion": self._confusion(row),
+                 "log": self._log(row)}  # fmt: skip
+        self._runs.append(found)
+        return found
+
+    def data(self) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+        """What the places stand for, how much was left out by its name, and a line if curves are thinned.
+
+        Curves, which can be thinned, take what all others leave.
+        """
+        spare = sum(shelf.room for shelf in (self.images, self.confusions, self.logs))
+        curves, points = _fitting(self._curves, self._curve_room + spare)
+        for run in self._runs:
+            run["curves"][:] = [place for place in run["curves"] if place < len(curves)]
+        left_out = {"pictures": self.images.left_out, "curves": len(self._curves) - len(curves),
+                    "tables of predicted classes": self.confusions.left_out, "logs": self.logs.left_out}  # fmt: skip
+        thinned = f"To keep the page small, curves are thinned to at most {points} points each."
+        return ({"images": self.images.values, "curves": curves, "confusions": self.confusions.values,
+                 "logs": self.logs.values}, left_out, [thinned] if points < POINTS[0] else [])  # fmt: skip
 
     # ------------------------------------------------------------ curves, confusion, log
 
@@ -181,9 +236,9 @@ class Drill:
 
     # ------------------------------------------------------------ pictures
 
-    def _pictures(self, row: Row) -> list[tuple[str, int]]:
-        """Titles and numbers of images: of the victim's trigger, and of the one that was inverted."""
-        out = []
+    def _pictures(self, row: Row) -> list[int]:
+        """Places of titled images: of the victim's trigger, and of the one that was inverted."""
+        out: list[int] = []
         for kind, draw in (("model", self._triggered), ("invert", self._inverted)):
             if self.store is not None and kind in row.stages:
                 key = row.stages[kind]
@@ -192,12 +247,12 @@ class Drill:
                 out += self._drawn[key]
         return out
 
-    def _placed(self, draw: Draw, row: Row, key: str) -> list[tuple[str, int]]:
+    def _placed(self, draw: Draw, row: Row, key: str) -> list[int]:
         try:
-            drawn = [(title, self.images.put(f"{key} {title}", uri(image))) for title, image in draw(row)]
+            drawn = [self.images.put(f"{key} {title}", (title, uri(image))) for title, image in draw(row)]
         except UserError:  # gone or damaged: the page is worth more than a picture
             return []
-        return [(title, place) for title, place in drawn if place is not None]
+        return [place for place in drawn if place is not None]
 
     def _triggered(self, row: Row) -> list[tuple[str, gallery.Pixels]]:
         """A clean test image, the same with the true trigger, their difference."""
@@ -219,6 +274,11 @@ class Drill:
         return [(f"inverted by {found.title}: {', '.join(found.notes)}", found.alone())]
 
 
+def _name(row: Row) -> str:
+    """What tells a run from others; an undefended victim that was read off a defended row has no key."""
+    return row.key or f"{row.dataset} {row.attack} {row.victim_seed} {id(row)}"
+
+
 def _told(row: Row) -> list[tuple[str, str]]:
     """The table of a run: metrics with counts and Wilson intervals, what it was told, cost."""
     out = []
@@ -231,7 +291,10 @@ def _told(row: Row) -> list[tuple[str, str]]:
             low, high = statistics.wilson(k, n)
             text += f" ({k} of {n}; {low:.2f} to {high:.2f} by the draw of test images alone)"
         out.append((title, text))
+    what = marks(row)
     facts = (
+        ("ASR at its floor", "not above FTR: nothing left to tell apart" if what["asr_at_floor"] else ""),
+        ("target class erased", "TCA below a tenth of its value before" if what["target_class_erased"] else ""),
         ("before defense", _before(row)), ("DER", _number(row.der)), ("gate", row.gate),
         ("told", ", ".join(row.knows)), ("verdict", row.verdict), ("surrogates", row.surrogate),
         ("attacker controls", "" if row.controls == "data" else row.controls), ("custom inference", row.rebuild),
@@ -276,11 +339,13 @@ def _fitting(curves: Sequence[Curve], room: float) -> tuple[list[tuple[str, list
     many points each may have. Where even the fewest points do not fit, only the first curves are kept.
     """
     made: list[tuple[str, list[float]]] = []
+    if not curves:
+        return made, POINTS[0]
     for most in POINTS:
         made = [(title, [_short(v) for point in _thinned(points, most) for v in point]) for title, points in curves]
-        if len(json.dumps(made, separators=(",", ":"))) <= room:
+        if len(embedded(made)) <= room:
             return made, most
-    sizes = itertools.accumulate(len(json.dumps(curve, separators=(",", ":"))) + 1 for curve in made)
+    sizes = itertools.accumulate(len(embedded(curve)) + 1 for curve in made)
     return made[: sum(size <= room for size in sizes)], POINTS[-1]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from .. import artefacts
+from ..evaluate import marks
 from ..rows import Row
 from ..store import Store
 from .figures import Embedding
@@ -49,7 +50,8 @@ class Evidence:
         seeds = f"victim seed {row.victim_seed}"
         if row.defense_seed is not None:
             seeds += f", defense seed {row.defense_seed}"
-        return Embedding(title, seeds, found["xy"], found["y"].astype(np.int64), artefacts.read_meta(folder))
+        mark = "target class erased" if marks(row)["target_class_erased"] else ""
+        return Embedding(title, seeds, found["xy"], found["y"].astype(np.int64), artefacts.read_meta(folder), mark)
 
 
 __all__ = ["Evidence"]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f", "#bcbd22", "#1b9e77")
 SHAPES = "osD^vPXp*h"
 GREY = "#777777"
+RING = 170  # area of the mark of a cell at its floor, in square points: larger than the dot of any such cell
 METRICS = ("asr", "ba")
 Kind = Literal["png", "svg"]
 _TAG = re.compile(r"<[^>]*>")  # matplotlib escapes > in values and in texts
@@ -209,6 +210,9 @@ def drawn(sweep: Sweep, title: str) -> Figure:
             if level is not None:
                 axis.axhline(level.mean, color="black", linewidth=0.8, linestyle="--")
                 entries["undefended"] = Line2D([], [], color="black", linewidth=0.8, linestyle="--")
+            if not axis.has_data():  # a clean model has no ASR
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, f"no {metric.upper()}", color=GREY, ha="center", transform=axis.transAxes)
     cells = [point.cell for by in sweep.curves.values() for points in by.values() for point in points]
     named: dict[str, Artist] = {}
     for i, curve in enumerate(lines):
@@ -278,7 +282,8 @@ def dots(line: Line, columns: Sequence[Column], cost: bool = False) -> list[Dot]
             short = cell.incomparable if cell.guest else "runs missing" if cell.incomparable else ""
             why = "weak attack" if line.flagged else short
             why = "target class erased" if cell.erased else why
-            out.append(Dot(column.label, x, cell.asr.mean, cell.ba.mean, cell.floor, why))
+            floor = cell.floor and not cell.erased  # which explains any floor
+            out.append(Dot(column.label, x, cell.asr.mean, cell.ba.mean, floor, why))
     return out
 
 
@@ -298,7 +303,8 @@ def scatter(rows: Sequence[Row], title: str, cost: bool = False) -> Figure | Non
 def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure | None:
     """A panel an attack: ASR against BA with the Pareto front, or, with `cost`, seconds against BA (size: ASR).
 
-    Cells that are not ranked are hollow and off the front. None where no cell has what is to be drawn.
+    Cells that are not ranked are hollow and off the front, those at the floor of their ASR have a ring. None where no
+    cell has what is to be drawn.
     """
     from matplotlib.lines import Line2D
 
@@ -316,6 +322,9 @@ def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure
             colour, shape = _look(labels.index(dot.label))
             axis.scatter([dot.x], [dot.ba], s=18 + 1.2 * dot.asr if cost else 30, edgecolors=colour, marker=shape,
                          facecolors="none" if dot.hollow else colour, zorder=3)  # fmt: skip
+            if dot.floor:
+                axis.scatter([dot.x], [dot.ba], s=RING, edgecolors="black", facecolors="none", linewidths=0.8,
+                             label="floor", zorder=4)  # fmt: skip
         ends = best(found)
         if not cost and len(ends) > 1:
             axis.plot([d.x for d in ends], [d.ba for d in ends], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
@@ -331,6 +340,10 @@ def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure
     }
     for why in dict.fromkeys(dot.hollow for dot in every if dot.hollow):
         entries[f"hollow: {why}"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle="")
+    if any(dot.floor for dot in every):
+        entries["ring: ASR at its floor"] = Line2D(
+            [], [], color="black", marker="o", markersize=9, markeredgewidth=0.8, markerfacecolor="none", linestyle=""
+        )
     tie = ", cells at the floor of ASR tie" if any(dot.floor and not dot.hollow for dot in every) else ""
     below = "; size: ASR" if cost else f"; dashed: Pareto front{tie}"
     finish(made, text(title, 120) + below, entries)
@@ -343,7 +356,7 @@ def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure
 @dataclass(frozen=True)
 class Embedding:
     """A model's features in the plane. xy: (N, 2); y: (N,) labels, -1 for triggered images; measures as stored;
-    seeds: those of victim and defense, in words.
+    seeds: those of victim and defense, in words; mark: what the model must not be looked at without, "" for nothing.
     """
 
     title: str
@@ -351,6 +364,7 @@ class Embedding:
     xy: NDArray[np.float32]
     y: NDArray[np.int64]
     measures: Mapping[str, Any]
+    mark: str = ""
 
 
 def tsne(panels: Sequence[Embedding], title: str) -> Figure:
@@ -370,7 +384,8 @@ def tsne(panels: Sequence[Embedding], title: str) -> Figure:
             for name in ("cosine", "silhouette", "probe")
             if (value := panel.measures.get(name)) is not None
         ]
-        axis.set_title(f"{text(panel.title)}\n{text(panel.seeds)}\n{', '.join(told)}", fontsize=8)
+        lines = [text(panel.title), text(panel.seeds), *filter(None, [panel.mark]), ", ".join(told)]
+        axis.set_title("\n".join(lines), fontsize=8)
     made.suptitle(text(title, 120) + " (black: triggered)", fontsize=10)
     return made
 

@@ -351,8 +351,8 @@ def _sheet(store: Store, cache: Path, rows: Sequence[Row], images: int) -> Sheet
         columns.append(Column(what, [(trigger.alone(), trigger.notes), *[None] * (len(index) - 1)]))
     heading = [
         f"{row.attack} on {row.dataset}, {row.model}, victim seed {row.victim_seed}",
-        f"preset {row.preset}, budget {row.budget}; undefended: ASR {_percent(row.asr_before)}, "
-        f"BA {_percent(row.ba_before)}",
+        f"preset {row.preset}, budget {row.budget}; undefended: ASR {_percent(row.asr_before)} "
+        f"(FTR {_percent(row.ftr_before)}), BA {_percent(row.ba_before)}",
     ]
     return arrange(heading, columns, [f"{f.title}: {'; '.join(f.notes)}" for f in found if f.kind is None])
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from .drill import Drill
 from .evidence import Evidence
 from .grid import Block, Cell, Rank, Stat
 from .plots import Plots
+from .records import embedded
 from .sheets import Sheet
 
 if TYPE_CHECKING:
@@ -31,11 +32,24 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 TITLE = "bbmcl report"
-SIZE, RUN_BYTES = 4_800_000, 2_400  # of a page, and of what each run always takes: words, numbers, buttons
-LEAST = 1_000_000  # bytes of plots, pictures, curves and logs, however many runs there are
-PLOTS = 0.25  # of these: plots
+SIZE = 4_800_000  # bytes of a page
+CELL_BYTES = 1_700  # about what a cell takes in grids and sheets
+LEAST = 1_000_000  # bytes of plots and of what is behind the cells, however many cells there are
+PLOTS = 0.25  # of what the cells leave: plots
 _NUMBER = re.compile(r"\s*[<>≤≥]?\s*([-+\N{MINUS SIGN}]?\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)")
 _LOW, _HIGH = (222, 235, 247), (253, 174, 107)  # light blue to orange: told apart by everybody
+
+
+@dataclass(frozen=True)
+class Part:
+    """What has grids, ranks and tests of its own on a page. title: its heading, "" where it is the whole page; below:
+    tables after its own; features: whether the stored features of its models are drawn.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    below: Sequence[Sheet] = ()
+    features: bool = True
 
 
 def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
@@ -46,23 +60,35 @@ def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path 
     sets lie, for test images; below: further tables; printed_names: tables have the paper's
     names of attacks and defenses, and its slash. Raises UserError where one label stands for two things.
     """
-    blocks = grid.build(rows)
-    room = max(LEAST, SIZE - RUN_BYTES * len(rows))
-    drill, plots = Drill(store, cache_folder, (1 - PLOTS) * room), Plots(PLOTS * room)
+    return page_of([Part("", rows, below)], store=store, cache_folder=cache_folder, title=title, against=against,
+                   printed_names=printed_names)  # fmt: skip
+
+
+def page_of(parts: Sequence[Part], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
+            against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
+    """Parts as one HTML page, each for itself; only what is behind a run is held once for all. As `page` otherwise."""
+    blocks = [grid.build(part.rows) for part in parts]
+    cells = sum(cell is not None for found in blocks for block in found for line in block.lines for cell in line.cells)
+    drill, plots = Drill(store, cache_folder), Plots(PLOTS * max(LEAST, SIZE - CELL_BYTES * cells))
     evidence = None if store is None else Evidence(store)
-    shown = [paper.restyle(block) for block in blocks] if printed_names else blocks
     against = paper.DEFENSES.get(against or inference.PREFERRED, against) if printed_names else against
-    grids = [_grid(*pair, drill, plots, evidence) for pair in zip(shown, blocks, strict=True)]
-    sweeps = plots.of_sweeps(blocks)
-    predictions = None if evidence is None else evidence.predictions
-    sheets = [*(inference.sheets(shown, against, predictions) if blocks else ()), *below]
-    data, lines = drill.data(plots.room)
+
+    def shown(part: Part, stored: Sequence[Block]) -> dict[str, Any]:
+        named = [paper.restyle(block) for block in stored] if printed_names else stored
+        grids = [_grid(*pair, drill, plots, evidence if part.features else None)
+                 for pair in zip(named, stored, strict=True)]  # fmt: skip
+        predictions = None if evidence is None else evidence.predictions
+        sheets = [*inference.sheets(named, against, predictions), *part.below]
+        return {"title": one_line(part.title), "grids": grids, "sweeps": plots.of_sweeps(stored), "sheets": sheets,
+                "left_out": plots.left_out()}  # fmt: skip
+
+    body = _template("page.body.html").render(parts=[shown(*pair) for pair in zip(parts, blocks, strict=True)])
+    data, lines = drill.data(max(LEAST, SIZE - len(body.encode())))
     script = _asset("page.js")
-    return _template().render(
-        title=one_line(title), banner=notes.banner(blocks), grids=grids, sheets=sheets, sweeps=sweeps,
-        css=_safe(_asset("page.css")),
-        script=_safe(script), script_hash=_policy_hash(script),
-        data=_safe(_json(data)), left_out=[*plots.left_out(), *lines],
+    return _template("page.html").render(
+        title=one_line(title), banner=notes.banner(block for found in blocks for block in found), body=_safe(body),
+        css=_safe(_asset("page.css")), script=_safe(script), script_hash=_policy_hash(script),
+        data=_safe(embedded(data)), left_out=lines,
     )  # fmt: skip
 
 
@@ -76,13 +102,13 @@ def _asset(name: str) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     from jinja2 import Environment, StrictUndefined
 
     found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     found.filters["number"] = _sortable
     found.filters["order"] = _columns
-    return found.from_string(_asset("page.html"))
+    return found.from_string(_asset(name))
 
 
 def _safe(text: str) -> Markup:
@@ -90,12 +116,6 @@ def _safe(text: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704 (never text of others)
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _sortable(text: str) -> str:
@@ -143,15 +163,16 @@ def _cells(cells: Sequence[Cell | None], drill: Drill) -> list[dict[str, Any] | 
 
 
 def _cell(cell: Cell, drill: Drill, low: float, high: float) -> dict[str, Any]:
-    runs = json.dumps([drill.place(row) for row in cell.runs])
+    number = drill.cell(cell.runs)
     if cell.failure:
-        return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "runs": runs}
+        return {"failure": " ".join(filter(None, (cell.failure, cell.tag))), "number": number}
     tag = f" ({cell.tag})" if cell.tag else ""
+    good = None if cell.erased else cell.asr  # an ASR that is low because the class is gone is not good
     return {
-        "failure": "", "runs": runs, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
+        "failure": "", "number": number, "asr": _stat(cell.asr) + notes.asr_marks(cell), "ba": _stat(cell.ba) + tag,
         "asr_value": "" if cell.asr is None else cell.asr.mean, "ba_value": "" if cell.ba is None else cell.ba.mean,
-        "asr_rank": _rank(cell.asr_rank, cell.asr), "ba_rank": _rank(cell.ba_rank, cell.ba),
-        "asr_colour": _colour(cell.asr, 0, 100), "ba_colour": _colour(cell.ba, high, low),
+        "asr_rank": _rank(cell.asr_rank, good), "ba_rank": _rank(cell.ba_rank, cell.ba),
+        "asr_colour": _colour(good, 0, 100), "ba_colour": _colour(cell.ba, high, low),
     }  # fmt: skip
 
 
@@ -171,4 +192,4 @@ def _colour(stat: Stat | None, good: float, bad: float) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-__all__ = ["TITLE", "page"]
+__all__ = ["TITLE", "Part", "page", "page_of"]

@@ -139,7 +139,10 @@ def _controls(block: Block) -> list[str]:
             and row.victim_seed in seeds
         ]  # fmt: skip
         asr = [row.asr_before for row in found if row.asr_before is not None]
-        told = f"ASR {_range(asr, 2)} before defense" if asr else "failed" if found else "not in this table"
+        ftr = [row.ftr_before for row in found if row.ftr_before is not None]
+        floor = _range(ftr, 2) if ftr else NONE
+        missing = "failed" if found else "not in this table"
+        told = f"ASR {_range(asr, 2)} (FTR {floor}) before defense" if asr else missing
         changed = ", ".join(f"{name}={value}" for name, value in wanted["set"].items())
         out.append(f"Control of {line.label} ({one_line(changed, 100)}): {told}.")
     return out

@@ -33,9 +33,9 @@ function make(tag, text, name) {
 
 function pictures(run) {
   const box = make("div", undefined, "pictures");
-  for (const [title, id] of run.pictures) {
+  for (const [title, address] of run.pictures.map((id) => data.images[id])) {
     const figure = make("figure"), image = make("img");
-    image.src = data.images[id]; image.alt = title;
+    image.src = address; image.alt = title;
     figure.append(image, make("figcaption", title));
     box.append(figure);
   }
@@ -75,7 +75,7 @@ function bars(counts, own) {
 
 function part(into, title, ...nodes) { into.append(make("h3", title), ...nodes); }
 
-function show(ids) {
+function show([ids, more]) {
   const dialog = document.getElementById("cell"), into = document.getElementById("inside");
   into.replaceChildren();
   for (const id of ids) {
@@ -83,10 +83,13 @@ function show(ids) {
     into.append(make("h2", `${row.attack} / ${row.defense}, victim seed ${row.victim_seed}` + (row.defense_seed === null ? "" : `, defense seed ${row.defense_seed}`)));
     if (row.state !== "ok") into.append(make("p", `${row.state}: ${row.reason}`, "fail"));
     const table = make("table"), body = table.createTBody();
-    for (const [name, text] of run.told) { const line = body.insertRow(); line.append(make("th", name, "text"), make("td", text, "wrap")); }
+    for (let i = 0; i < run.told.length; i += 2) {
+      const [name, text] = run.told.slice(i, i + 2).map((id) => data.words[id]);
+      body.insertRow().append(make("th", name, "text"), make("td", text, "wrap"));
+    }
     into.append(table);
     if (run.pictures.length) part(into, "Triggers", pictures(run));
-    for (const recorded of run.curves.map((id) => data.curves[id]).filter(Boolean)) part(into, recorded[0], curve(recorded));
+    for (const recorded of run.curves.map((id) => data.curves[id])) part(into, recorded[0], curve(recorded));
     const confusion = run.confusion === null ? null : data.confusions[run.confusion];
     if (confusion) part(into, `Clean images of the target class ${row.target}: what the model calls them`, bars(confusion.target, row.target));
     if (confusion) part(into, "Triggered images: what the model calls them", bars(confusion.fired, row.target));
@@ -95,6 +98,7 @@ function show(ids) {
     part(into, "Provenance", make("pre", JSON.stringify(data.provenance[run.provenance], null, 1)));
     if (run.log !== null) part(into, "Log of the failure", make("pre", data.logs[run.log]));
   }
+  if (more) into.append(make("p", `Not shown, to keep the page small: ${more} of the ${ids.length + more} runs of this cell.`));
   dialog.showModal();
   dialog.scrollTop = 0;
 }
@@ -102,7 +106,7 @@ function show(ids) {
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
-  if (button.dataset.runs) show(JSON.parse(button.dataset.runs));
+  if (button.dataset.cell) show(data.cells[button.dataset.cell]);
   else if (button.dataset.sort !== undefined) sort(button);
   else if (button.classList.contains("close")) document.getElementById("cell").close();
 });

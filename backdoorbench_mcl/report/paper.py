@@ -74,6 +74,7 @@ class Comparison:
     why: str  # why there is no word
     marks: str = ""
     predicted: tuple[Prediction | None, Prediction | None] = (None, None)
+    ftr: tuple[float, ...] = ()  # as asr: its floor
 
 
 @cache
@@ -203,7 +204,7 @@ def compare(rows: Sequence[Row], table: int) -> list[Comparison]:
 def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     departures = [departure(row, cell.table) for row in rows]
     fitting = [row for row, why in zip(rows, departures, strict=True) if not why]
-    asr, ba = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt"))
+    asr, ba, ftr = (tuple(per_victim(fitting, name)) for name in ("asr", "ba_nt", "ftr"))
     if not asr and not ba:
         return Comparison(cell, dataset, asr, ba, "", "", next(filter(None, departures), "no run has finished"))
     runs = cell_of(fitting)
@@ -216,13 +217,13 @@ def _compared(cell: Printed, dataset: str, rows: Sequence[Row]) -> Comparison:
     )
     if scaled or missing:
         why = f"scaled protocol (budget {', '.join(scaled)})" if scaled else missing
-        return Comparison(cell, dataset, asr, ba, "", "", why, marks, found)
+        return Comparison(cell, dataset, asr, ba, "", "", why, marks, found, ftr)
     words = (
         _word(cell.asr if asr else None, found[0], statistics.ASR_WIDTH),
         _word(cell.ba if ba else None, found[1], statistics.BA_WIDTH),
     )
     why = f"n = {len(ba)}: fewer than {statistics.MIN_VICTIMS} victims" if len(ba) < statistics.MIN_VICTIMS else ""
-    return Comparison(cell, dataset, asr, ba, *words, why, marks, found)
+    return Comparison(cell, dataset, asr, ba, *words, why, marks, found, ftr)
 
 
 def untestable(*cells: Cell) -> str:
@@ -276,12 +277,15 @@ def _sheet(rows: Sequence[Row], table: int, protocol: str) -> Sheet:
         ours = [fmean(values) if values else None for values in (c.asr, c.ba_nt)]
         asr, ba = (_beside(own, value) for own, value in zip(ours, (c.printed.asr, c.printed.ba), strict=True))
         asr = (asr[0] + c.marks, *asr[1:])
+        ftr = f"{fmean(c.ftr):.2f}" if c.ftr else NONE
         n = str(len(c.ba_nt)) if c.ba_nt else NONE
         inside = [() if not predicted else (_interval(one),) for one in c.predicted]
-        body.append((c.printed.attack, c.printed.defense, n, *asr, *inside[0], c.asr_word, *ba, *inside[1], c.ba_word))
+        body.append(
+            (c.printed.attack, c.printed.defense, n, ftr, *asr, *inside[0], c.asr_word, *ba, *inside[1], c.ba_word)
+        )
         if c.why:
             notes_.append(c.why)
-    head = ("attack", "defense", "n", "ASR", "printed", "diff.", *predicted, "", "BA nt", "printed", "diff.",
+    head = ("attack", "defense", "n", "FTR", "ASR", "printed", "diff.", *predicted, "", "BA nt", "printed", "diff.",
             *predicted, "")  # fmt: skip
     below = [
         "The printed BA leaves out the target class, so it stands beside our BA nt; n: victims. A word is given for a "

@@ -26,6 +26,12 @@ def finite(value: Any) -> Any:
     return value
 
 
+def embedded(value: Any) -> str:
+    """JSON, without spaces, that cannot end the script element that it stands in. Raises ValueError for a NaN."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def as_json(rows: Iterable[Row]) -> str:
     """One array, a cell a line, fields in the order of `Row`, then `evaluate.marks`; ASCII, so that every terminal and
     file takes it.

@@ -17,7 +17,8 @@ import pytest
 from made import make
 from shelves import Shelves
 
-from backdoorbench_mcl.report.html import page
+from backdoorbench_mcl.report import html
+from backdoorbench_mcl.report.html import Part, page, page_of
 from backdoorbench_mcl.report.sheets import Sheet
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -148,6 +149,43 @@ def test_text_of_others_stays_text(browser: Any) -> None:
     assert "defend 9" in dialog.text  # the end of the log
     assert not browser.find_elements(By.CSS_SELECTOR, "img[src=x]")
     browser.find_element(By.CSS_SELECTOR, "button.close").click()
+
+
+def test_two_parts_have_each_its_grids_and_a_link(tmp_path: Path) -> None:
+    shared = [make("badnets", "before", 99.0, 83.0), make("badnets", "mcldef", 3.0, 80.0)]
+    parts = [Part("Table 1", [*shared, make("badnets", "nad", 30.0, 81.0)]),
+             Part("Table 2", [*shared, make("badnets", "mcldef(inverter=mesa)", 20.0, 82.0)]),
+             Part("table1, table2: claims", (), [Sheet("Claims", ("", "claim"), (("C1", "holds"),), 2)])]  # fmt: skip
+    file = tmp_path / "page.html"
+    file.write_text(page_of(parts, printed_names=True))
+    with chromium(file, 1400) as driver:
+        assert [link.text for link in driver.find_elements(By.CSS_SELECTOR, "nav a")] == [part.title for part in parts]
+        shot(driver, "parts")
+        driver.find_element(By.LINK_TEXT, "Table 2").click()
+        assert driver.execute_script("return document.querySelector(':target').textContent") == "Table 2"
+        best = [[cell.text for cell in table.find_elements(By.CSS_SELECTOR, "td.best button")]
+                for table in driver.find_elements(By.CSS_SELECTOR, "table.grid")]  # fmt: skip
+        assert best == [["3.00", "81.00"], ["3.00", "82.00"]]
+        tops = [table.location["y"] for table in driver.find_elements(By.CSS_SELECTOR, "table.grid")]
+        heads = [head.location["y"] for head in driver.find_elements(By.CSS_SELECTOR, "h2.part")]
+        assert heads[0] < tops[0] < heads[1] < tops[1] < heads[2]
+        driver.find_elements(By.XPATH, "//tr[th='BadNets']//td/button")[-1].click()  # of the second grid
+        assert "badnets / mcldef(inverter=mesa), victim seed 0" in driver.find_element(By.ID, "cell").text
+        shot(driver, "part-cell")
+        assert driver.get_log("browser") == []
+
+
+def test_a_cell_says_how_many_of_its_runs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "SIZE", 0)
+    monkeypatch.setattr(html, "LEAST", 3_000)
+    file = tmp_path / "page.html"
+    file.write_text(page([make("badnets", "ft", 5.0 + victim, victim=victim) for victim in range(20)]))
+    with chromium(file, 1400) as driver:
+        driver.find_elements(By.XPATH, "//tr[th='badnets']//td/button")[-1].click()
+        dialog = driver.find_element(By.ID, "cell")
+        shown = len(dialog.find_elements(By.TAG_NAME, "h2"))
+        assert 1 <= shown < 20
+        assert dialog.text.endswith(f"Not shown, to keep the page small: {20 - shown} of the 20 runs of this cell.")
 
 
 def test_the_console_stays_empty(browser: Any) -> None:
