@@ -74,7 +74,7 @@ def test_rows_of_two_protocols_are_no_sample() -> None:
     assert (found.verdict, found.evidence.partition(";")[0]) == ("no verdict", "rows of several protocols")
     both = [row("badnets", "mcldef", 2.0, 81.0), row("badnets", "mcldef", 9.0, 70.0, preset="authors")]
     assert [sheet.title.partition("preset ")[2][:7] for sheet in paper.sheets(both, 1)] == ["paper, ", "authors"]
-    assert [sheet.body[0][3] for sheet in paper.sheets(both, 1)] == ["2.00≈", "9.00"]
+    assert [sheet.body[0][4] for sheet in paper.sheets(both, 1)] == ["2.00≈", "9.00"]
 
 
 def test_what_a_claim_does_not_look_at_cannot_forbid_it() -> None:

@@ -112,18 +112,18 @@ def test_without_enough_there_is_no_word(rows: list[Row], says: str) -> None:
 def test_the_prediction_interval_is_shown_and_whether_the_printed_number_lies_in_it() -> None:
     rows = spread("badnets", "mcldef", 2.3, 81.6) + spread("cl", "mcldef", 9.0, 70.0)
     (sheet,) = paper.sheets(rows, 1)
-    assert sheet.head[3:8] == ("ASR", "printed", "diff.", "95 % prediction", "")
-    assert sheet.head[8:] == ("BA nt", "printed", "diff.", "95 % prediction", "")
+    assert sheet.head[3:9] == ("FTR", "ASR", "printed", "diff.", "95 % prediction", "")
+    assert sheet.head[9:] == ("BA nt", "printed", "diff.", "95 % prediction", "")
     near, far = sheet.body
     asr = statistics.predicted(paper.per_victim(rows[:5], "asr"), 2.22, 9000, logit=True)
     ba = statistics.predicted(paper.per_victim(rows[:5], "ba_nt"), 82.19, 9000)
     assert asr is not None
     assert ba is not None
-    assert near[6:8] == (f"{asr.low:.2f} to {asr.high:.2f}, in", "consistent")
-    assert near[11:] == (f"{ba.low:.2f} to {ba.high:.2f}, in", "consistent")
-    assert (far[6].endswith(", out"), far[7]) == (True, "differs")
+    assert near[7:9] == (f"{asr.low:.2f} to {asr.high:.2f}, in", "consistent")
+    assert near[12:] == (f"{ba.low:.2f} to {ba.high:.2f}, in", "consistent")
+    assert (far[7].endswith(", out"), far[8]) == (True, "differs")
     wide = paper.sheets(spread("badnets", "mcldef", 3.0, 81.6, wide=3.0), 1)[0].body[0]
-    assert (wide[11].endswith(", in"), wide[12]) == (True, "too wide to say")
+    assert (wide[12].endswith(", in"), wide[13]) == (True, "too wide to say")
 
 
 @pytest.mark.parametrize(

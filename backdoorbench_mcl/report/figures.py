@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import params
-from ..errors import UserError
 from ..rows import Row
 from ..text import one_line
 from . import files, grid
@@ -151,7 +150,7 @@ def _varied(protocol: str, blocks: Sequence[Block]) -> list[Sweep]:
             if block.clean_rate is not None:
                 point = Point(100 * block.clean_rate, cell)
                 placed.setdefault("clean rate in %", []).append((line.label, column.label, point))
-            chosen = _selection(column.label)
+            chosen = params.of_label(column.label)
             for name, value in chosen.params.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     curve = ", ".join((_without(chosen, name), *([rate] if rates else [])))
@@ -169,14 +168,6 @@ def _curves(placed: Sequence[tuple[str, str, Point]]) -> dict[str, dict[str, lis
     varies = any(len({p.x for p in points}) > 1 for by in out.values() for points in by.values())
     order = dict.fromkeys((attack, curve) for attack, curve, _ in placed)
     return {a: {c: out[a][c] for b, c in order if b == a} for a, _ in order} if varies else {}
-
-
-def _selection(label: str) -> params.Selection:
-    """A label of a plugin's rows may be no selection at all: then it has no parameters."""
-    try:
-        return params.selection(label)
-    except UserError:
-        return params.Selection(label, label)
 
 
 def _without(chosen: params.Selection, name: str) -> str:
