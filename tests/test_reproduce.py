@@ -317,7 +317,7 @@ def test_a_page_of_several_targets_has_each_for_itself(tmp_path: Path) -> None:
     assert headings(page) == [
         "Table 1", "cifar10", "best 3.00", "best 81.00", "Every cell", "MCLDef† less each other defense",
         "Beside the printed Table 1", "Table 2", "cifar10", "best 3.00", "best 82.00", "Every cell",
-        "MCLDef† less each other defense", "Beside the printed Table 2", "table1", "Claims",
+        "MCLDef† less each other defense", "Beside the printed Table 2", "table1", "Claims", "C4",
     ]  # fmt: skip
     data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
     assert [run["row"]["defense"] for run in data["runs"]] == ["before", "mcldef", "nad", "mcldef(inverter=mesa)"]
