@@ -1,7 +1,7 @@
 """Which GPU a job gets. Free of torch.
 
 A GPU without a job takes any; one that has jobs takes another only where memory that was measured says that all fit.
-A job that was measured to take nothing of a GPU never waits for one, and no other waits for it.
+A job that was measured to take nothing of a GPU has room on any, and takes none from others.
 """
 
 from __future__ import annotations

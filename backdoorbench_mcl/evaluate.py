@@ -119,7 +119,7 @@ def gate(asr: float | None, ba: float | None = None, ftr: float | None = None) -
 
 
 def tied_at_floor(*runs: Row) -> bool:
-    """Whether ASR, pooled over the runs of one cell, is not above FTR: such cells are not ranked among each other.
+    """Whether ASR, pooled over the runs of one cell, is not above FTR: no other cell beats such a one.
 
     Runs without counts are pooled by their percentages. False where either value is undefined.
     """

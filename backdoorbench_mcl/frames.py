@@ -75,7 +75,7 @@ def load_results(runs: str | os.PathLike[str] | None = None, *, parameters: bool
     """Every stored cell of a runs folder as a tidy frame, by data set, attack, seed and defense.
 
     Columns are the fields of `rows.Row`: percentages (0-100, unrounded), counts `*_k` of `*_n`, seconds, MB; what is
-    undefined is missing. The floor of `asr` is `ftr`: `asr_at_floor` tells that nothing is left to compare, and
+    undefined is missing. The floor of `asr` is `ftr`: `asr_at_floor` tells that no ASR beats it, and
     `target_class_erased` that the model hardly says the target any more. Tuples are text, as in `target, location`.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import api, datacache, kit
 from .describe import construct
 from .errors import Diverged, PluginError
-from .snapshots import FolderSnapshot
+from .snapshots import Clock, FolderSnapshot
 
 Tick = Callable[[int, int, int], None]
 MAX_CURVES, MAX_POINTS = 8, 1000  # of a job: they go into the database and into reports
@@ -32,7 +32,7 @@ class Job:
     spec: Mapping[str, Any]
     tick: Tick
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # what methods recorded, by name
-    snapshots: list[FolderSnapshot] = field(default_factory=list)  # that methods were handed
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def device(self) -> torch.device:
@@ -106,8 +106,6 @@ class Job:
         data = self.spec["data"]
         work = self.folder / "work"
         work.mkdir(exist_ok=True)
-        snapshot = FolderSnapshot(Path(self.spec["snapshot"]) / part, self.spec["snapshot_every"])
-        self.snapshots.append(snapshot)
         return {
             "rng": rng,
             "device": self.device,
@@ -116,7 +114,7 @@ class Job:
             "log": lambda line: print(line, flush=True),
             "tick": self.tick,
             "record": self.record,
-            "snapshot": snapshot,
+            "snapshot": FolderSnapshot(Path(self.spec["snapshot"]) / part, self.spec["snapshot_every"], self.clock),
             "recipe": recipe,
             "augment": kit.augmentation(recipe.augment, data["flip_ok"]),
         }

@@ -228,7 +228,7 @@ def run(folder: Path, tick: Tick, settled: Callable[[], None], make: Callable[[P
     if job.device.type == "cuda":  # reserved: steps that are recorded keep what they have freed
         used = torch.cuda.is_initialized()
         result["peak_gpu_mb"] = torch.cuda.max_memory_reserved(job.device) / 2**20 if used else 0.0
-    result["earlier"] = max((snapshot.earlier for snapshot in job.snapshots), default=0.0)
+    result["earlier"] = job.clock.earlier
     result["strays"] = strays[:20]
     result["changed"] = globalstate.changed(before) if before else []
     result["curves"] = job.curves

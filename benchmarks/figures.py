@@ -96,9 +96,17 @@ class Book:
             )
             for figures in self.throughput
         }
-        return {**loops, **self.tasks}
+        return {**loops, **self._overhead(), **self.tasks}
+
+    def _overhead(self) -> dict[str, Measured]:
+        """Of a cell, in seconds: the driver without compute, and the hand-over of jobs."""
+        driver, jobs = self.tasks.get("driver"), self.tasks.get("hand-over")
+        if driver is None or jobs is None:
+            return {}
+        note = f"driver {driver.middle:.2f} s, {driver.note}; jobs {jobs.middle:.2f} s, {jobs.note}"
+        return {"overhead": Measured("overhead", [driver.middle + value for value in jobs.values], note)}
 
     def ratios(self) -> dict[str, list[float]]:
         """What two runs are compared by."""
-        seconds = {name for name, task in self.tasks.items() if task.unit == "s"}
+        seconds = {"overhead", *(name for name, task in self.tasks.items() if task.unit == "s")}
         return {name: found.values for name, found in self.measured().items() if name not in seconds}

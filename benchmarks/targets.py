@@ -42,12 +42,8 @@ TARGETS = (
         elsewhere="benchmarks/README.md, Fewer steps of inversion: not to be had, BA falls with every step less",
     ),
     Target(
-        "overhead", 0.5, "most", "s", "the driver's own time for a cell, nothing being computed",
+        "overhead", 0.5, "most", "s", "a cell: the driver's own time, and what its jobs take beyond their own clocks",
         otherwise="the disk's fsync, or busy cores",
-    ),
-    Target(
-        "hand-over", 0.5, "most", "s", "a cell's processes and files: what its jobs took beyond their own clocks",
-        otherwise="busy cores, or a slow disk",
     ),
     Target("plan 10,000", 3.0, "most", "s", "planning 10,000 cells", otherwise="busy cores or a slower processor"),
     Target("rerun 1,000", 3.0, "most", "s", "running a finished matrix of 1,000 cells again",

@@ -231,6 +231,8 @@ def test_the_quality_of_inverters_stands_beside_their_repairs() -> None:
     assert quality.head == ("attack", "inverter", "n", "success", "mask L1", "ASR", "BA nt")
     assert quality.body[0] == ("badnets", "mcldef", "5", "90.60", "20.00", "3.98", "79.58")
     assert len(quality.body) == 13
+    other = [replace(r, defense="mcldef(inverter=mesa,temperature=0.1)") for r in table2() if r.defense == "mcldef"]
+    assert claimed.sheets([], [*table2(), *other], ["C4"])[-1].body == quality.body  # not an inverter alone
     ranked = quality.below[-1]
     assert "badnets: ASR -1.00 (p 0.00" in ranked
     assert "BA nt +1.00 (p 0.00" in ranked
@@ -241,6 +243,9 @@ def test_inverters_are_not_ranked_by_what_proves_nothing() -> None:
     few = claimed.sheets([], table2(4), ["C4"])[-1]
     assert few.title.startswith("C4, inverters")
     assert few.below[-1] == "No rank correlation: fewer than 5 victims."
+    alone = [failed(r, "failed") if "inverter" in r.defense else r for r in table2()]
+    one = claimed.sheets([], alone, ["C4"])[-1]
+    assert one.below[-1] == "No rank correlation: one inverter on each attack."
     floor = [replace(r, asr=0.1 * r.asr, asr_k=None) if r.asr is not None else r for r in table2()]
     ranked = claimed.sheets([], floor, ["C4"])[-1]
     assert "badnets: ASR tied at the floor, BA nt +1.00" in ranked.below[-1]

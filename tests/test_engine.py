@@ -25,13 +25,14 @@ import small
 import torch
 from conftest import Bbmcl
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from backdoorbench_mcl import artefacts, jobs, memory, plan, snapshots, standing
 from backdoorbench_mcl.engines.base import Engine
 from backdoorbench_mcl.engines.local import Finished, Local, Progress, _Reporter
 from backdoorbench_mcl.grant import Grants
 from backdoorbench_mcl.plan import Node
-from backdoorbench_mcl.snapshots import FolderSnapshot
+from backdoorbench_mcl.snapshots import Clock, FolderSnapshot
 from backdoorbench_mcl.store import Store
 
 EPOCH = 5  # steps: 320 images in batches of 64
@@ -360,16 +361,42 @@ def test_a_snapshot_knows_what_it_took_over_several_processes(tmp_path: Path, mo
 
     def live(*saves: float) -> float:
         """A process that loads what is there and saves after so many seconds; what it knows of the earlier ones."""
-        mine, began = FolderSnapshot(tmp_path / "s", every=2.0), now[0]
+        clock, began = Clock(), now[0]
+        now[0] += 3.0  # the first part of the job, without a snapshot
+        mine = FolderSnapshot(tmp_path / "s", every=2.0, clock=clock)
         mine.load()
         for seconds in saves:
             now[0] = began + seconds
             mine.save({}, {"step": 1})
             assert mine.load() == ({}, {"step": 1})  # a method that trains twice looks at its own: not spent twice
         now[0] += 50.0  # after the last save, so lost
-        return mine.earlier
+        return clock.earlier
 
     assert [live(10.0, 11.0, 60.0), live(), live(5.0), live()] == [0.0, 60.0, 60.0, 65.0]
+
+
+@pytest.mark.parametrize("spent", ["NaN", "Infinity", "-5", "9" * 400, '"long"', "[1]", "true", None])
+def test_a_snapshot_whose_time_is_nonsense_is_a_snapshot_still(tmp_path: Path, spent: str | None) -> None:
+    meta = '{"step": 1' + (f', "harness.seconds": {spent}}}' if spent is not None else "}")
+    save_file({"w": torch.ones(2)}, tmp_path / "snapshot.safetensors", {"meta": meta})
+    clock = Clock()
+    found = FolderSnapshot(tmp_path, clock=clock).load()
+    assert found is not None
+    assert found[1] == {"step": 1}
+    assert clock.earlier in (0.0, 1.0)  # JSON's true is the number 1
+
+
+def test_parts_of_a_job_share_its_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(snapshots.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    first = Clock()
+    for seconds, part in ((40.0, "prepare"), (70.0, "fit")):
+        now[0] = seconds
+        FolderSnapshot(tmp_path / part, clock=first).save({}, {})
+    second = Clock()
+    for part in ("prepare", "fit"):
+        FolderSnapshot(tmp_path / part, clock=second).load()
+    assert second.earlier == 70.0
 
 
 def test_a_stage_took_what_all_its_attempts_took(tmp_path: Path) -> None:

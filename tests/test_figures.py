@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from made import make
 from safetensors.numpy import save_file
 
@@ -147,7 +149,7 @@ def test_cells_at_the_floor_of_their_asr_tie_on_the_front() -> None:
     assert [dot.label for dot in figures.best(found)] == ["nad", "ibau"]
     made = figures.scatter(rows, "t")
     assert made is not None
-    assert made.get_suptitle().replace("\n", " ") == "t; dashed: Pareto front, cells at the floor of ASR tie"
+    assert made.get_suptitle().replace("\n", " ") == "t; dashed: Pareto front, no ASR beats one at its floor"
     assert entries(made)[-1] == "ring: ASR at its floor"
     rings = [dots for dots in made.axes[0].collections if dots.get_label() == "floor"]
     places = np.concatenate([np.asarray(ring.get_offsets()) for ring in rings])
@@ -162,9 +164,24 @@ def test_a_cell_at_its_floor_is_off_the_front_for_its_ba_alone() -> None:
         make("sig", "before", 99.0, 83.0, ftr=3.5), make("sig", "nc", 3.4, 81.0, ftr=3.7),
         make("sig", "mcldef", 1.1, 80.0, ftr=0.8), make("sig", "nad", 2.5, 82.0), make("sig", "ft", 9.0, 81.5),
     ]  # fmt: skip
-    assert [dot.label for dot in figures.best(line_of(rows))] == ["nad"]  # it ties with nc, which ties with mcldef
+    # nad ties with nc and has more BA; nc ties with mcldef and has more BA, but is not on the front itself
+    assert [dot.label for dot in figures.best(line_of(rows))] == ["mcldef", "nad"]
     lower = [Row.from_dict({**row.as_dict(), "ba": 79.0}) if row.defense == "nc" else row for row in rows]
     assert [dot.label for dot in figures.best(line_of(lower))] == ["mcldef", "nad"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans()), min_size=1, max_size=8))
+def test_whatever_is_off_the_front_is_beaten_by_one_on_it(points: list[tuple[int, int, bool]]) -> None:
+    def beats(one: tuple[int, int, bool], other: tuple[int, int, bool]) -> bool:
+        """One has no worse BA, an ASR that the other's does not beat, and is better in one of the two."""
+        better = one[0] < other[0] and not other[2]
+        worse = other[0] < one[0] and not one[2]
+        return one[1] >= other[1] and not worse and (one[1] > other[1] or better)
+
+    on = figures.front(points)
+    assert on
+    for i, point in enumerate(points):
+        assert (i in on) == (not any(beats(points[j], point) for j in on if j != i))
 
 
 @pytest.mark.parametrize("cost", [False, True])

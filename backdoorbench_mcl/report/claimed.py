@@ -55,7 +55,7 @@ def _table(finding: Finding) -> Sheet:
     told = "positive as claimed; Holm's correction over the lines; on how many victims it is so."
     if margin is not None:
         told = f"p of two one-sided tests that they lie within {margin:g} points; on how many victims they do."
-    below = [f"Means over victims, in points, with 95 % t interval; {told}"]
+    below = [f"Means over victims, in points or the percent that a line names, with 95 % t interval; {told}"]
     whys = dict.fromkeys(one.shown.why for one in finding.outcomes if one.shown is not None and one.shown.why)
     below += [f"No test: {why}." for why in whys]
     head = ("", "difference", "95 % interval", "p (Holm)" if margin is None else "p (TOST)", "victims")
@@ -76,8 +76,7 @@ def _difference(one: Outcome) -> tuple[str, ...]:
 
 def _inverters(board: Board) -> Sheet:
     """Success and mask of each inverter that mcldef was run with, and what its repair came to."""
-    mine = (row.defense for row in board.rows if row.defense == OURS or row.defense.startswith(f"{OURS}(inverter="))
-    labels = tuple(dict.fromkeys(mine))
+    labels = tuple(dict.fromkeys(row.defense for row in board.rows if _alone(row.defense)))
     cells = {attack: {label: cell for label in labels if (cell := board.get(attack, label)).ok} for attack in CIFAR}
     body = [
         (attack, label, str(len(per_victim(cell.ok, "ba_nt"))), *_quality(cell))
@@ -89,6 +88,12 @@ def _inverters(board: Board) -> Sheet:
     return Sheet("C4, inverters: how good they were, and the repair", head, tuple(body), 2, (told, *ranked))
 
 
+def _alone(defense: str) -> bool:
+    """Whether it is mcldef as it is, but for its inverter."""
+    chosen = params.of_label(defense)
+    return chosen.name == OURS and set(chosen.params) <= {"inverter"}
+
+
 def _quality(cell: Cell) -> tuple[str, ...]:
     means = [cell.mean(name) for name in ("inverter_success", "inverter_l1", "asr", "ba_nt")]
     success, mask, asr, ba = (NONE if mean is None else f"{mean:.2f}" for mean in means)
@@ -98,7 +103,9 @@ def _quality(cell: Cell) -> tuple[str, ...]:
 def _ranked(cells: Mapping[str, Sequence[Cell]]) -> list[str]:
     """Whether a higher success goes with a lower ASR and a higher BA, on each attack; corrected over all of them."""
     victims = [{row.victim_seed for row in cell.ok} for by in cells.values() for cell in by]
-    if max(map(len, victims), default=0) < MIN_VICTIMS:
+    if not victims:
+        return ["No rank correlation: one inverter on each attack."]
+    if max(map(len, victims)) < MIN_VICTIMS:
         return [f"No rank correlation: fewer than {MIN_VICTIMS} victims."]
     places = [(attack, by, name) for attack, by in cells.items() for name in ("asr", "ba_nt")]
     whys = [untestable(*by) or (TIED if name == "asr" and _any_tied(by) else "") for _, by, name in places]

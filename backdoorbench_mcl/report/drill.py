@@ -293,7 +293,7 @@ def _told(row: Row) -> list[tuple[str, str]]:
         out.append((title, text))
     what = marks(row)
     facts = (
-        ("ASR at its floor", "not above FTR: nothing left to tell apart" if what["asr_at_floor"] else ""),
+        ("ASR at its floor", "not above FTR: no ASR beats it" if what["asr_at_floor"] else ""),
         ("target class erased", "TCA below a tenth of its value before" if what["target_class_erased"] else ""),
         ("before defense", _before(row)), ("DER", _number(row.der)), ("gate", row.gate),
         ("told", ", ".join(row.knows)), ("verdict", row.verdict), ("surrogates", row.surrogate),

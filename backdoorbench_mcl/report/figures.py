@@ -9,7 +9,7 @@ import html
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -237,17 +237,25 @@ def _curve(axis: Axes, points: Sequence[Point], metric: str, i: int) -> None:
 
 
 def front(points: Sequence[tuple[float, float, bool]]) -> list[int]:
-    """Indices of points (ASR, BA, whether ASR is at its floor) that no other beats in both, by ASR.
+    """Indices of points (ASR, BA, whether ASR is at its floor) that none on the front beats in both, by ASR.
 
+    With a floor, to beat is not transitive: what only points off the front beat stays on it.
     Example: `front([(1, 8, False), (2, 7, False)])` is [0].
     """
 
-    def beaten(asr: float, ba: float, floor: bool) -> bool:
+    def beaten(i: int, others: Iterable[int]) -> bool:
+        asr, ba, floor = points[i]
         return any(
-            b >= ba and not grid.beats(asr, a, low) and (b > ba or grid.beats(a, asr, floor)) for a, b, low in points
+            b >= ba and not grid.beats(asr, a, low) and (b > ba or grid.beats(a, asr, floor))
+            for a, b, low in (points[other] for other in others)
         )
 
-    return sorted((i for i, point in enumerate(points) if not beaten(*point)), key=lambda i: points[i])
+    every = range(len(points))
+    kept = [i for i in every if not beaten(i, every)]
+    for i in sorted(every, key=lambda i: (-points[i][1], points[i][0])):
+        if i not in kept and not beaten(i, kept):
+            kept.append(i)
+    return sorted(kept, key=lambda i: points[i])
 
 
 @dataclass(frozen=True)
@@ -335,7 +343,7 @@ def trade_off(blocks: Sequence[Block], title: str, cost: bool = False) -> Figure
         entries["ring: ASR at its floor"] = Line2D(
             [], [], color="black", marker="o", markersize=9, markeredgewidth=0.8, markerfacecolor="none", linestyle=""
         )
-    tie = ", cells at the floor of ASR tie" if any(dot.floor and not dot.hollow for dot in every) else ""
+    tie = ", no ASR beats one at its floor" if any(dot.floor and not dot.hollow for dot in every) else ""
     below = "; size: ASR" if cost else f"; dashed: Pareto front{tie}"
     finish(made, text(title, 120) + below, entries)
     return made
