@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from backdoorbench_mcl import costs, provenance
 from backdoorbench_mcl.costs import Costs, forecast, sort, tails
 from backdoorbench_mcl.devices import CONTEXT, ROOM, Devices
-from backdoorbench_mcl.plan import Node, Plan
+from backdoorbench_mcl.plan import Kind, Node, Plan
 from backdoorbench_mcl.store import Measured, Stage, Store
 
 
@@ -103,7 +103,7 @@ def test_on_a_gpu_jobs_have_to_fit(needs: list[float | None], took: float) -> No
 def test_what_nobody_measured_counts_as_what_was_or_else_as_one() -> None:
     found = graph((), (0,), (1,), ())
     assert costs.ahead(found, set(found.nodes), Costs(found, [])) == {"0": 3.0, "1": 2.0, "2": 1.0, "3": 1.0}
-    kinds = ["train", "invert", "defend", "train"]
+    kinds: list[Kind] = ["train", "invert", "defend", "train"]
     for (key, node), kind in zip(list(found.nodes.items()), kinds, strict=True):
         spec = {**ROOT, "stage": kind}
         found.nodes[key] = dataclasses.replace(node, kind=kind, spec=spec)

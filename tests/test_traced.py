@@ -64,7 +64,7 @@ def trace(net: nn.Module, side: int = 8) -> Traced:
 def test_a_network_says_itself_whether_its_steps_may_be_recorded() -> None:
     net = Toy()
     assert trace(net).steady
-    net.steady = False
+    net.steady = False  # type: ignore[assignment]
     assert not trace(net).steady
 
 
