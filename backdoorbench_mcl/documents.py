@@ -71,12 +71,12 @@ def write_parts(
 ) -> Path:
     """Write the HTML page of several parts, each with grids and tests of its own. printed_names: the paper's names."""
     from .report import files
-    from .report.html import page_of
+    from .report.html import page
 
     store = Store(runs)
     try:
-        text = page_of(parts, store=store, cache_folder=cache_folder(), title=title, against=against,
-                       printed_names=printed_names)  # fmt: skip
+        text = page(parts, store=store, cache_folder=cache_folder(), title=title, against=against,
+                    printed_names=printed_names)  # fmt: skip
     finally:
         store.close()
     return files.write(file, text.encode())

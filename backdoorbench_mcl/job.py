@@ -32,7 +32,7 @@ class Job:
     spec: Mapping[str, Any]
     tick: Tick
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # what methods recorded, by name
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(default_factory=Clock)  # that all its snapshots go by
 
     @property
     def device(self) -> torch.device:

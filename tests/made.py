@@ -12,6 +12,8 @@ from unittest import mock
 
 from backdoorbench_mcl import reproduce, runner
 from backdoorbench_mcl.evaluate import der
+from backdoorbench_mcl.report.html import Part, page
+from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.request import Options
 from backdoorbench_mcl.rows import Row, State
 
@@ -95,3 +97,8 @@ def reproduced(
     options = Options("", "", "cifar10", "", budget="full", precision="fp32")
     with computed(by_target, stored):
         return list(reproduce.reproduce(",".join(by_target), options, runner.Settings(runs), fmt))
+
+
+def page_of(rows: Sequence[Row], below: Sequence[Sheet] = (), **how: Any) -> str:
+    """The HTML page of rows without parts. how: of `report.html.page`."""
+    return page([Part("", rows, below)], **how)

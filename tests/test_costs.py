@@ -111,6 +111,7 @@ def test_what_nobody_measured_counts_as_what_was_or_else_as_one() -> None:
     known.add("0", 40.0)
     known.add("2", 6.0)
     assert costs.ahead(found, {"0", "1", "2", "3"}, known) == {"0": 86.0, "1": 46.0, "2": 6.0, "3": 40.0}
+    assert costs.ahead(found, set(), known) == dict.fromkeys(found.nodes, 0.0)
     assert costs.ahead(found, {"1", "2"}, known) == {"0": 46.0, "1": 46.0, "2": 6.0, "3": 0.0}
 
 

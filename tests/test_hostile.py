@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Bbmcl
-from made import make
+from made import make, page_of
 from safetensors.numpy import save_file
 
 from backdoorbench_mcl import archive, artefacts, children, presets, report
 from backdoorbench_mcl.artefacts import Damaged
 from backdoorbench_mcl.engines.local import Local
 from backdoorbench_mcl.errors import UserError
-from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.snapshots import FolderSnapshot
 from backdoorbench_mcl.store import Stage, Store
 
@@ -386,8 +385,8 @@ def test_a_report_of_odd_rows_is_written_all_the_same() -> None:
     """A re-tuned row without its number of images, and a title that cannot be encoded, ended in a traceback."""
     row = make("badnets", "ft", 5.0, 80.0, retuned_asr=99.0)
     assert "after 10 steps on 0 triggered images" in report.render([row], "table", width=200)
-    assert page([row], title="a\ud800b").encode()
-    assert page([dataclasses.replace(row, ba=1e20)])  # of which five points less are as much
+    assert page_of([row], title="a\ud800b").encode()
+    assert page_of([dataclasses.replace(row, ba=1e20)])  # of which five points less are as much
     victim = dataclasses.replace(make("badnets", "before", 99.0, 83.0), clean_rate=0.01)  # belongs to no repair
     assert "99.00" in report.render([victim, make("badnets", "ft", 5.0, 80.0)], "table", width=200)
 

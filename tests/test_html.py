@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import small
 from conftest import Bbmcl, Reference
-from made import make
+from made import make, page_of
 from shelves import Shelves, shelved
 
 from backdoorbench_mcl import documents, runner
 from backdoorbench_mcl.job import MAX_CURVES, MAX_POINTS, Job
 from backdoorbench_mcl.report.drill import Drill
-from backdoorbench_mcl.report.html import Part, page, page_of
+from backdoorbench_mcl.report.html import Part, page
 from backdoorbench_mcl.report.records import embedded
 from backdoorbench_mcl.report.sheets import Sheet
 from backdoorbench_mcl.rows import Row
@@ -82,7 +82,7 @@ def example() -> list[Row]:
 
 
 def test_the_page_holds_the_grid_and_every_run() -> None:
-    found = Parsed(page(example()))
+    found = Parsed(page_of(example()))
     assert [tag for tag, _ in found.tags].count("dialog") == 1
     runs = found.data["runs"]
     assert [(r["row"]["attack"], r["row"]["defense"], r["row"]["state"]) for r in runs].count(
@@ -100,7 +100,7 @@ def test_the_page_holds_the_grid_and_every_run() -> None:
 def test_an_erased_cell_has_no_colour_of_a_good_one_and_its_runs_say_what_they_are() -> None:
     rows = [make("sig", "before", 99.5, 84.0), make("sig", "ft", 0.0, 70.0, tca=0.1), make("sig", "nad", 1.0, 81.0),
             make("sig", "nc", 9.0, 80.0)]  # fmt: skip
-    found = Parsed(page(rows))
+    found = Parsed(page_of(rows))
     heat = [a for tag, a in found.tags if tag == "td" and "heat" in (a.get("class") or "")]
     assert [a["class"] for a in heat[2::2]] == ["heat  none", "heat best", "heat second"]
     assert [a["style"] for a in heat[2::2]] == [
@@ -117,7 +117,7 @@ def test_nothing_from_outside_is_markup_or_script() -> None:
         replace(make("badnets", "x", 5.0, 80.0, reason=HOSTILE, params={"a": {HOSTILE: 1}}), defense=f"x{HOSTILE}"),
         replace(make("sig", "y", state="failed", reason=HOSTILE), attack=HOSTILE, defense="y"),
     ]  # fmt: skip
-    text = page(rows, title=HOSTILE)
+    text = page_of(rows, title=HOSTILE)
     found = Parsed(text)
     assert [tag for tag, _ in found.tags].count("script") == 2
     assert not [a for tag, a in found.tags if tag == "img" and "onerror" in a]
@@ -125,7 +125,7 @@ def test_nothing_from_outside_is_markup_or_script() -> None:
 
 
 def test_the_page_loads_nothing_and_runs_no_script_but_its_own() -> None:
-    text = page(example())
+    text = page_of(example())
     found = Parsed(text)
     policy = next(a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
     digest = base64.b64encode(hashlib.sha256(found.scripts["script"].encode()).digest()).decode()
@@ -146,7 +146,7 @@ def test_a_thousand_cells_make_a_small_page() -> None:
             ba = float("nan") if (a, d) == (3, 3) else 80.0
             made = make(f"attack{a}", f"defense{d}", 5.0, 80.0, state=state, reason="x" * 300, **wide)
             rows.append(replace(made, ba=ba) if state == "ok" else made)
-    text = page(rows)
+    text = page_of(rows)
     assert len(text.encode()) < 5_000_000
     assert len(Parsed(text).data["runs"]) == 25 * 41
 
@@ -171,7 +171,7 @@ def nested(attacks: int, defenses: int) -> list[Row]:
 def test_a_thousand_cells_of_five_victims_make_a_small_page(tmp_path: Path) -> None:
     rows = nested(25, 40)
     assert len(rows) == 5125
-    text = page(rows, store=Shelves(tmp_path, {"model": 2, "invert": 2, "defend": 2}, 20))
+    text = page_of(rows, store=Shelves(tmp_path, {"model": 2, "invert": 2, "defend": 2}, 20))
     assert len(text.encode()) < 5_000_000
     data = Parsed(text).data
     assert len(data["cells"]) == 1025
@@ -205,7 +205,7 @@ def test_a_cell_has_its_first_runs_where_there_is_no_room_for_all() -> None:
 
 def test_a_run_of_several_parts_is_held_once() -> None:
     shared = [make("sig", "before", 99.0, 83.0), make("sig", "ft", 9.0, 81.0)]
-    found = Parsed(page_of([Part("one", shared), Part("two", [*shared, make("sig", "nad", 8.0)])])).data
+    found = Parsed(page([Part("one", shared), Part("two", [*shared, make("sig", "nad", 8.0)])])).data
     assert found["cells"] == [[[0], 0], [[1], 0], [[0], 0], [[1], 0], [[2], 0]]
 
 
@@ -214,7 +214,7 @@ def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
     tmp_path: Path, repairs: int, points: int
 ) -> None:
     store = Shelves(tmp_path, {"model": 2, "invert": 2, "defend": repairs}, points)
-    text = page(shelved(25, 40), store=store)
+    text = page_of(shelved(25, 40), store=store)
     assert len(text.encode()) < 5_000_000
     data = Parsed(text).data
     run = next(run for run in data["runs"] if run["row"]["defense"] == "defense3" and run["row"]["state"] == "ok")
@@ -229,7 +229,7 @@ def test_a_thousand_cells_with_curves_logs_and_predictions_make_a_small_page(
 
 
 def test_a_curve_is_held_once_and_in_four_digits(tmp_path: Path) -> None:
-    data = Parsed(page(shelved(1, 3), store=Shelves(tmp_path, {"model": 1, "defend": 1}, 300)))
+    data = Parsed(page_of(shelved(1, 3), store=Shelves(tmp_path, {"model": 1, "defend": 1}, 300)))
     runs, curves = data.data["runs"], data.data["curves"]
     assert [len(run["curves"]) for run in runs] == [1, 0, 2, 2]
     assert len({run["curves"][0] for run in (runs[0], *runs[2:])}) == 1
@@ -273,9 +273,9 @@ def test_points_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
 
 def test_a_sweep_over_clean_rates_is_drawn_although_each_has_a_table_of_its_own() -> None:
     rows = [make("badnets", "ft", 30 - 100 * rate, 80.0, clean_rate=rate) for rate in (0.01, 0.05, 0.2)]
-    text = page(rows)
+    text = page_of(rows)
     assert text.count(">clean rate in %</text>") == 2  # of ASR and of BA
-    assert "clean rate in %" not in page(rows[:1])
+    assert "clean rate in %" not in page_of(rows[:1])
 
 
 def test_a_damaged_store_costs_pictures_and_not_the_page(
@@ -293,7 +293,7 @@ def test_a_damaged_store_costs_pictures_and_not_the_page(
 
 
 def test_no_rows_are_a_page_too() -> None:
-    assert "<h1>" in page([])
+    assert "<h1>" in page_of([])
 
 
 def test_a_finished_matrix_shows_its_triggers_curves_and_confusion(
@@ -406,7 +406,7 @@ def test_a_job_with_as_many_curves_as_it_may_have_goes_on_with_each_of_them(tmp_
 def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
     body = (("badnets", "12", "10.00±0.10 [1, 2]", "<0.001", "differs"), ("sig", "2", "+2.50 to 3", "–", "consistent"),
             ("cl", "3", "\N{MINUS SIGN}0.5", "cannot fire", ""), ("blend", "4", "7:3", "nan", "too wide"))  # fmt: skip
-    found = Parsed(page([], below=[Sheet("Claims", ("attack", "text", "ASR", "p", ""), body, 2)]))
+    found = Parsed(page_of([], below=[Sheet("Claims", ("attack", "text", "ASR", "p", ""), body, 2)]))
     cells = [a for tag, a in found.tags if tag == "td"]
     values = [[a.get("data-v") for a in cells if a["data-c"] == str(column)] for column in range(5)]
     assert values == [
@@ -416,7 +416,7 @@ def test_cells_of_sheets_are_sorted_by_their_leading_number() -> None:
 
 def test_a_folded_sheet_shows_its_title_alone() -> None:
     body = (("cl", "+1.00"),)
-    text = page([], below=[Sheet("Claims", ("", "n"), body, 1), Sheet("C1 <it>", ("", "n"), body, 1, folded=True)])
+    text = page_of([], below=[Sheet("Claims", ("", "n"), body, 1), Sheet("C1 <it>", ("", "n"), body, 1, folded=True)])
     found = [tag for tag, _ in Parsed(text).tags if tag in ("h2", "details", "summary", "table")]
     assert found == ["h2", "table", "details", "summary", "table"]
     assert "<summary>C1 &lt;it&gt;</summary>" in text
@@ -428,17 +428,17 @@ def test_plots_are_limited_by_cells_and_not_by_runs() -> None:
         make(f"attack{a}", f"defense{d}", 5.0 + d, 80.0, victim=v, draw=r)
         for a in range(5) for d in range(6) for v in range(5) for r in range(3)
     ]  # fmt: skip
-    text = page(rows)
+    text = page_of(rows)
     assert text.count("<svg") == 2
     assert "too many" not in text
-    many = page([make(f"attack{a}", f"defense{d}", 5.0, 80.0) for a in range(21) for d in range(20)])
+    many = page_of([make(f"attack{a}", f"defense{d}", 5.0, 80.0) for a in range(21) for d in range(20)])
     assert many.count("<svg") == 0
     assert many.count("420 cells are too many to be drawn, at most 400 are.") == 2
 
 
 def test_every_plot_of_a_page_is_labelled_and_no_id_stands_twice() -> None:
     rates = [make(a, f"ft(lr={lr})", 30.0, 80.0, clean_rate=r) for a in "ab" for lr in (1, 2) for r in (0.01, 0.05)]
-    found = Parsed(page(rates))
+    found = Parsed(page_of(rates))
     shown = [a for tag, a in found.tags if tag == "svg"]
     assert len(shown) == 6  # two for each rate, one for the rates, one for lr
     assert all(a["role"] == "img" and a["aria-label"] for a in shown)
@@ -450,7 +450,7 @@ def test_every_plot_of_a_page_is_labelled_and_no_id_stands_twice() -> None:
 def test_a_reproduced_page_has_the_papers_names_and_its_slash() -> None:
     rows = [make("sig", "before", 99.0, 84.0), make("sig", "mcldef", 3.0, 73.0), make("sig", "ft", 60.0, 80.0),
             make("sig", "mcldef(inverter=mesa)", state="n/a", reason="no patch")]  # fmt: skip
-    text = page(rows, printed_names=True)
+    text = page_of(rows, printed_names=True)
     for name in ("Sig", "MCLDef", "MESA", ">/</button>", "MCLDef less each other defense"):
         assert name in text, name
-    assert "MESA" not in page(rows)
+    assert "MESA" not in page_of(rows)

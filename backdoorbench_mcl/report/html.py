@@ -52,21 +52,14 @@ class Part:
     features: bool = True
 
 
-def page(rows: Sequence[Row], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
-         below: Sequence[Sheet] = (), against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
-    """Rows as one HTML page.
+def page(parts: Sequence[Part], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
+         against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
+    """Parts as one HTML page, each for itself; only what is behind a run is held once for all.
 
     store: the runs folder behind them, for pictures, curves, logs and predictions; cache_folder: where prepared data
-    sets lie, for test images; below: further tables; printed_names: tables have the paper's
+    sets lie, for test images; against: the defense that tests compare with; printed_names: tables have the paper's
     names of attacks and defenses, and its slash. Raises UserError where one label stands for two things.
     """
-    return page_of([Part("", rows, below)], store=store, cache_folder=cache_folder, title=title, against=against,
-                   printed_names=printed_names)  # fmt: skip
-
-
-def page_of(parts: Sequence[Part], *, store: Store | None = None, cache_folder: Path | None = None, title: str = TITLE,
-            against: str | None = None, printed_names: bool = False) -> str:  # fmt: skip
-    """Parts as one HTML page, each for itself; only what is behind a run is held once for all. As `page` otherwise."""
     blocks = [grid.build(part.rows) for part in parts]
     cells = sum(cell is not None for found in blocks for block in found for line in block.lines for cell in line.cells)
     drill, plots = Drill(store, cache_folder), Plots(PLOTS * max(LEAST, SIZE - CELL_BYTES * cells))
@@ -192,4 +185,4 @@ def _colour(stat: Stat | None, good: float, bad: float) -> str:
     return f"rgb({red},{green},{blue})"
 
 
-__all__ = ["TITLE", "Part", "page", "page_of"]
+__all__ = ["TITLE", "Part", "page"]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import make
+from made import make, page_of
 from shelves import Shelves
 
 from backdoorbench_mcl.report import html
-from backdoorbench_mcl.report.html import Part, page, page_of
+from backdoorbench_mcl.report.html import Part, page
 from backdoorbench_mcl.report.sheets import Sheet
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -60,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     rows[2] = replace(rows[2], target=0, stages={k: f"{k} 0" for k in ("model", "invert", "defend", "predict")})
     store = Shelves(tmp_path_factory.mktemp("runs"), {"model": 1, "invert": 2, "defend": 1}, 300)
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page(rows, store=store, below=[
+    file.write_text(page_of(rows, store=store, below=[
         Sheet("Claims", ("", "claim"), (("C1", HOSTILE),), 2, (HOSTILE,)),
         Sheet("Spread", ("attack", "ASR"), (("a", "10.00±0.10"), ("b", "–"), ("c", "2.50±1.00"), ("d", "-1")), 1),
     ]))  # fmt: skip
@@ -157,7 +157,7 @@ def test_two_parts_have_each_its_grids_and_a_link(tmp_path: Path) -> None:
              Part("Table 2", [*shared, make("badnets", "mcldef(inverter=mesa)", 20.0, 82.0)]),
              Part("table1, table2: claims", (), [Sheet("Claims", ("", "claim"), (("C1", "holds"),), 2)])]  # fmt: skip
     file = tmp_path / "page.html"
-    file.write_text(page_of(parts, printed_names=True))
+    file.write_text(page(parts, printed_names=True))
     with chromium(file, 1400) as driver:
         assert [link.text for link in driver.find_elements(By.CSS_SELECTOR, "nav a")] == [part.title for part in parts]
         shot(driver, "parts")
@@ -179,7 +179,7 @@ def test_a_cell_says_how_many_of_its_runs_are_left_out(tmp_path: Path, monkeypat
     monkeypatch.setattr(html, "SIZE", 0)
     monkeypatch.setattr(html, "LEAST", 3_000)
     file = tmp_path / "page.html"
-    file.write_text(page([make("badnets", "ft", 5.0 + victim, victim=victim) for victim in range(20)]))
+    file.write_text(page_of([make("badnets", "ft", 5.0 + victim, victim=victim) for victim in range(20)]))
     with chromium(file, 1400) as driver:
         driver.find_elements(By.XPATH, "//tr[th='badnets']//td/button")[-1].click()
         dialog = driver.find_element(By.ID, "cell")

@@ -14,12 +14,11 @@ from typing import Any
 from hostile import SECONDS, bounded, contained, fuzzed, nasty_json, nasty_text  # noqa: F401 (bounded: a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
-from made import make
+from made import make, page_of
 
 from backdoorbench_mcl.report import render
 from backdoorbench_mcl.report.files import stem
 from backdoorbench_mcl.report.formats import md, tex
-from backdoorbench_mcl.report.html import page
 from backdoorbench_mcl.rows import Row
 
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
@@ -87,7 +86,7 @@ class Tags(HTMLParser):
         self.found.append((tag, frozenset(name for name, _ in attrs)))
 
 
-KNOWN = {tag for tag, _ in Tags(page(BASES[:3])).found}
+KNOWN = {tag for tag, _ in Tags(page_of(BASES[:3])).found}
 
 
 @fuzzed(0.1, ROWS)
@@ -136,7 +135,7 @@ def test_records_come_back(rows: list[Row]) -> None:
 @given(hostile_rows(), nasty_text())
 def test_a_page_holds_no_markup_of_others(rows: list[Row], title: str) -> None:
     with contained(6 * SECONDS):  # each data set and network has figures of its own: 20 at most, of half a second
-        text = page(rows, title=title)
+        text = page_of(rows, title=title)
         text.encode()  # or it could not be written
         tags = Tags(text)
         assert {tag for tag, _ in tags.found} <= KNOWN
